@@ -1,0 +1,64 @@
+"""vattention: LLM serving with the KV cache in virtual memory.
+
+Importing this package is light; torch and transformers load when something that needs them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vattention.cache import CacheStats, KVCache, KVLayout
+    from vattention.engine.outputs import RequestOutput
+    from vattention.engine.sampling_params import SamplingParams
+    from vattention.errors import (
+        ConfigError,
+        DriverError,
+        InvalidRequest,
+        OutOfPages,
+        UnsupportedModel,
+        VAttentionError,
+    )
+    from vattention.llm import LLM
+
+_HOME = {
+    "CacheStats": "vattention.cache",
+    "KVCache": "vattention.cache",
+    "KVLayout": "vattention.cache",
+    "RequestOutput": "vattention.engine.outputs",
+    "SamplingParams": "vattention.engine.sampling_params",
+    "LLM": "vattention.llm",
+    "ConfigError": "vattention.errors",
+    "DriverError": "vattention.errors",
+    "InvalidRequest": "vattention.errors",
+    "OutOfPages": "vattention.errors",
+    "UnsupportedModel": "vattention.errors",
+    "VAttentionError": "vattention.errors",
+}
+
+__all__ = [
+    "LLM",
+    "CacheStats",
+    "ConfigError",
+    "DriverError",
+    "InvalidRequest",
+    "KVCache",
+    "KVLayout",
+    "OutOfPages",
+    "RequestOutput",
+    "SamplingParams",
+    "UnsupportedModel",
+    "VAttentionError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

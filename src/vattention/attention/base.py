@@ -1,0 +1,201 @@
+"""What attention needs to know about one forward pass, and the door through which transformers calls us.
+
+A forward pass is a flat batch `[1, rows]`: the new tokens of several requests, one after another, without padding.
+Everything that depends on the batch is worked out once, in `AttentionBatch.build`, and travels to every layer as one
+keyword argument; there is no global state.
+
+Source: https://huggingface.co/docs/transformers/main/en/attention_interface. The name is not registered as a *mask*
+interface, so transformers builds no mask; causality is the kernel's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from vattention.errors import InvalidRequest, UnsupportedModel
+
+NAME = "vattention"
+"""What `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
+
+Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""K and V of every layer, each `[slots, padded_len, kv_heads, head_dim]`: `KVCache.layer(i)` for every i."""
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+"""`(query [q_heads, rows, head_dim], keys, values, scaling) -> [rows, q_heads, head_dim]` for one layer.
+
+`keys` and `values` are a whole layer, `[slots, padded_len, kv_heads, head_dim]`, the new tokens already written. A
+kernel reads tokens `[0, length)` of the slots in the batch and nothing else: what lies past `length` may be unmapped,
+another request's leftovers, or NaN. `scaling` None means 1/sqrt(head_dim).
+"""
+
+_HARMLESS = frozenset({"position_ids"})
+"""Keyword arguments with a value that cannot change what attention computes: positions are in q and k already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The rows of one request in a flat batch.
+
+    Attributes:
+        slot: where its K and V live.
+        start: its first row.
+        rows: new tokens in this pass, at least one; the last `rows` of its `length` tokens.
+        length: tokens after this pass, the new ones included.
+    """
+
+    slot: int
+    start: int
+    rows: int
+    length: int
+
+    @property
+    def cached(self) -> int:
+        """Tokens written by earlier passes."""
+        return self.length - self.rows
+
+    @property
+    def end(self) -> int:
+        """One past its last row."""
+        return self.start + self.rows
+
+
+class Kernel(Protocol):
+    """A kernel family: prepares whatever depends on the batch alone, and returns what each layer calls."""
+
+    def __call__(self, segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
+        """Prepare one forward pass over `segments`, in the dtype and on the device of the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBatch:
+    """One forward pass, as attention sees it. Made by `build`.
+
+    Attributes:
+        segments: one a request, in row order.
+        layers: where K and V live.
+        attend: the kernel, prepared for these segments.
+        longest: tokens of the longest request after this pass.
+        singles: how many leading segments have one row; their K and V are written by one call.
+        single_slots, single_positions: where to, `[singles]` int64 each.
+    """
+
+    segments: tuple[Segment, ...]
+    layers: Layers
+    attend: Attend
+    longest: int
+    singles: int
+    single_slots: torch.Tensor
+    single_positions: torch.Tensor
+
+    @classmethod
+    def build(cls, segments: Sequence[Segment], layers: Layers, kernel: Kernel) -> AttentionBatch:
+        """Precompute what every layer shares.
+
+        Raises:
+            InvalidRequest: segments that do not tile the rows, share a slot, or leave the cache.
+        """
+        keys = layers[0][0]
+        _check(segments, slots=keys.shape[0], padded_len=keys.shape[1])
+        singles = next((i for i, segment in enumerate(segments) if segment.rows > 1), len(segments))
+        return cls(
+            segments=tuple(segments),
+            layers=layers,
+            attend=kernel(segments, dtype=keys.dtype, device=keys.device),
+            longest=max(segment.length for segment in segments),
+            singles=singles,
+            single_slots=torch.tensor([s.slot for s in segments[:singles]], device=keys.device),
+            single_positions=torch.tensor([s.cached for s in segments[:singles]], device=keys.device),
+        )
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put the new K and V, `[kv_heads, rows, head_dim]` each, where they belong.
+
+        Single rows (decodes) go in one indexed write, a call a request would cost more than the bytes; longer
+        segments are one strided copy each, which is several times faster than an indexed write of many rows.
+        """
+        for cache, new in zip(self.layers[layer], (key, value), strict=True):
+            by_row = new.transpose(0, 1)
+            if self.singles:
+                cache.index_put_((self.single_slots, self.single_positions), by_row[: self.singles])
+            for segment in self.segments[self.singles :]:
+                cache[segment.slot, segment.cached : segment.length].copy_(by_row[segment.start : segment.end])
+
+
+def _check(segments: Sequence[Segment], *, slots: int, padded_len: int) -> None:
+    row = 0
+    for segment in segments:
+        inside = 0 < segment.rows <= segment.length <= padded_len and 0 <= segment.slot < slots
+        if segment.start != row or not inside:
+            raise InvalidRequest(
+                f"{segment} must start at row {row}, in a cache of {slots} slots of {padded_len} tokens"
+            )
+        row = segment.end
+    if not segments or len({segment.slot for segment in segments}) != len(segments):
+        raise InvalidRequest("a batch needs at least one request, each in a slot of its own")
+
+
+def register() -> None:
+    """Make `attn_implementation="vattention"` known to transformers. Idempotent."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    vattention: AttentionBatch | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, with the signature that transformers calls.
+
+    Args:
+        module: the model's attention module; its `layer_idx` picks the layer.
+        query: `[1, q_heads, rows, head_dim]`; key and value: `[1, kv_heads, rows, head_dim]`, new tokens only.
+        attention_mask: must be None.
+        vattention: the batch, given to the model's forward as a keyword argument.
+
+    Returns:
+        `[1, rows, q_heads, head_dim]` and None (there are no attention weights to show).
+
+    Raises:
+        UnsupportedModel: an argument that would change the answer, named. Refusing beats computing another model.
+    """
+    if vattention is None:
+        raise InvalidRequest(f"this model computes attention in a KVCache: call it with {NAME}=AttentionBatch(...)")
+    if attention_mask is not None:
+        raise UnsupportedModel("the model passes an attention_mask: only plain causal attention is computed here")
+    if dropout:
+        raise UnsupportedModel(f"the model passes dropout={dropout}: put it in eval mode")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModel("the model passes is_causal=False: only causal attention is computed here")
+    if sliding_window is not None and sliding_window < vattention.longest:
+        raise UnsupportedModel(
+            f"the model passes sliding_window={sliding_window} and a request has {vattention.longest} tokens:"
+            " windows are not built yet, keep max_model_len within the window"
+        )
+    for name, given in kwargs.items():
+        # None and False are how transformers says that a feature is off.
+        if given is not None and given is not False and name not in _HARMLESS:
+            raise UnsupportedModel(f"the model passes {name}, which may change what attention computes: not built yet")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = vattention.layers[layer]
+    if (key.shape[1], key.shape[3]) != keys.shape[2:] or value.shape != key.shape:
+        raise UnsupportedModel(
+            f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
+            f" the cache is laid out for {tuple(keys.shape[2:])}"
+        )
+    vattention.write(layer, key[0], value[0])
+    return vattention.attend(query[0], keys, values, scaling)[None], None

@@ -1,0 +1,516 @@
+"""The KV cache: slots of tokens in virtual memory that physical pages follow."""
+
+from __future__ import annotations
+
+import operator
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import SupportsIndex
+
+import torch
+
+from vattention.cache.backing import Backing, Plan
+from vattention.cache.layout import KVLayout
+from vattention.cache.page_size import check_page_size, choose_page_size
+from vattention.cache.stats import CacheStats
+from vattention.errors import ConfigError, DriverError, InvalidRequest, OutOfPages, VAttentionError
+from vattention.memory import Driver, HostDriver, PagePool
+from vattention.memory.sizes import parse_size
+
+_DEFAULT_MEMORY = "2GiB"
+_WATERMARK = 0.1  # share of the budget that one reclaim aims to leave available, so that the next steps find it
+
+
+class KVCache:
+    """K and V of `max_num_seqs` sequences, each contiguous in virtual memory, with pages only where tokens are.
+
+    The way of a request (paper section 5, `init / alloc_reqid / step / free_reqid`):
+
+    >>> cache = KVCache(layout, memory="1GiB")
+    >>> slot = cache.alloc()
+    >>> cache.step({slot: 100})             # tokens 0..99 may now be written and read
+    >>> k, v = cache.layer(0)               # k[slot, :100] is [100, num_kv_heads, head_dim]
+    >>> cache.step({slot: 101})             # one more; nothing moves
+    >>> cache.free(slot)
+
+    Between two steps of a slot, tokens at or past the length it had before the later step may be written, and tokens
+    below its length may be read. `stats` may be called from any thread at any time. Everything else belongs to one
+    owner; calls from several threads are safe but wait for each other, and join growth in the background first.
+
+    Args:
+        layout: the geometry.
+        device: "cpu".
+        memory: physical budget, bytes or a string like "2GiB"; 2 GiB by default. Not with `pool`.
+        page_size: bytes; None picks the smallest page that the budget and the mapping limit allow. Not with `pool`.
+        pool: take pages from this pool, which other caches may use too.
+        guard: reading an address without a page faults, instead of giving zeros. A debugging aid.
+        poison: every step fills what is mapped past the lengths with NaN, so that a kernel reading there is found out.
+
+    Raises:
+        ConfigError: sizes that do not fit together, or a device that is not there.
+        DriverError: the system refuses the addresses. OutOfPages: the process has no mappings left.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        device: str | torch.device = "cpu",
+        memory: str | SupportsIndex | None = None,
+        page_size: SupportsIndex | str | None = None,
+        pool: PagePool | None = None,
+        guard: bool = False,
+        poison: bool = False,
+    ) -> None:
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
+        if torch.device(device).type != "cpu":
+            raise ConfigError(f'device {str(device)!r} is not supported yet: use "cpu"')
+        if pool is None:
+            pool, own_driver = _new_pool(layout, memory, page_size, guard)
+        else:
+            own_driver = None
+            if memory is not None or page_size is not None:
+                raise ConfigError("memory and page_size belong to the pool: leave them out when giving one")
+            if guard and not pool.driver.guard:
+                raise ConfigError("guard belongs to the driver: give the pool a HostDriver(guard=True)")
+            check_page_size(layout, pool.page_size)
+        self.layout = layout
+        self.pool = pool
+        self.poison = bool(poison)
+        try:
+            self._backing = Backing(layout, pool)
+        except BaseException:
+            if own_driver is not None:
+                own_driver.close()
+            raise
+        self._slots = self._backing.slots
+        self._views = [tuple(self._view(layer, which) for which in (0, 1)) for layer in range(layout.num_layers)]
+        self._mapper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vattention-mapper")
+        self._growing: Future[None] | None = None
+        self._prefetch_failures = 0
+        self._wants_idle_slot = True
+        self._owner = os.getpid()
+        self._closer = weakref.finalize(self, _close, self._backing, pool, own_driver, self._owner)
+        self._closer.atexit = False  # the system takes everything back by itself then
+        pool.add_holder(self)
+
+    # -- slots ----------------------------------------------------------------------------------------------------
+
+    def alloc(self, tokens: SupportsIndex = 0) -> int | None:
+        """Take a slot, with length 0; None when all are live.
+
+        Among the idle slots that still have pages from an earlier request, the smallest that covers `tokens` is
+        taken, or else the largest (deferred reclamation, paper section 6.1.2). Pages past a given `tokens` go back
+        to the pool.
+
+        Args:
+            tokens: how many tokens are expected soon, the prompt for instance. A hint; 0 when unknown.
+
+        Raises:
+            InvalidRequest: `tokens` negative or past max_model_len. DriverError: unmapping failed; the slot is idle.
+        """
+        tokens = self._checked_length(tokens, "tokens")
+        with self._owned():
+            idle = [number for number, slot in enumerate(self._slots) if not slot.live]
+            if not idle:
+                return None
+            number = min(idle, key=lambda number: self._fitness(number, tokens))
+            slot = self._slots[number]
+            if slot.shared:  # a new request writes from 0 on, so pages that others use are of no use to it
+                self._backing.release(number)
+            elif tokens and slot.covered > tokens:
+                self._backing.release(number, tokens)
+            slot.live = True
+            self._wants_idle_slot = True
+            return number
+
+    def _fitness(self, number: int, tokens: int) -> tuple[int, int]:
+        """Sorts idle slots, the best for `tokens` tokens first."""
+        slot = self._slots[number]
+        if slot.shared:
+            return 3, 0
+        if not slot.covered:
+            return 2, 0
+        if slot.covered >= tokens:
+            return 0, slot.covered
+        return 1, -slot.covered
+
+    def free(self, slot: SupportsIndex) -> None:
+        """Give a slot back. Its pages stay mapped until somebody needs them, or takes the slot over with them.
+
+        Raises:
+            InvalidRequest: the slot is not live.
+        """
+        with self._owned():
+            state = self._slots[self._checked_slot(slot)]
+            state.live = False
+            state.length = 0
+
+    def fork(self, slot: SupportsIndex) -> int | None:
+        """A new slot with the same tokens; None when all are live.
+
+        Full pages are shared, the tail of each stream is copied: at most one page a stream is created. Whichever side
+        writes into a shared page later, after a rollback, gets a page of its own first.
+
+        Raises:
+            InvalidRequest: the slot is not live. OutOfPages, DriverError: nothing has changed.
+        """
+        with self._owned():
+            source = self._checked_slot(slot)
+            idle = [number for number, state in enumerate(self._slots) if not state.live]
+            if not idle:
+                return None
+            target = min(idle, key=lambda number: max(self._slots[number].mapped))
+            if any(self._slots[target].mapped):
+                self._backing.release(target)
+            self._backing.reservation.settle()
+            tokens = self._slots[source].length
+            self._make_room(self._plan_fork(tokens), {})
+            self._backing.fork(source, target)
+            self._slots[target].live = True
+            self._slots[target].length = tokens
+            return target
+
+    def length(self, slot: SupportsIndex) -> int:
+        """Tokens of a live slot."""
+        with self._owned():
+            return self._slots[self._checked_slot(slot)].length
+
+    # -- growth ---------------------------------------------------------------------------------------------------
+
+    def step(self, lengths: Mapping[int, int]) -> None:
+        """Set the lengths of slots, and put pages behind all their tokens. Call it before the forward pass.
+
+        All or nothing. Slots not named keep their length; a smaller number is a rollback, and costs nothing.
+
+        Args:
+            lengths: slot -> tokens it has when the forward pass is over.
+
+        Raises:
+            OutOfPages: the budget, the mapping limit or the machine has too little left, idle slots counted.
+            InvalidRequest: a slot that is not live, or a length outside 0..max_model_len.
+            DriverError: the driver failed. After each of these lengths, contents and pages of live slots are as before.
+        """
+        with self._owned():
+            wanted = self._checked(lengths)
+            if not self._backing.reservation.settled:
+                self._backing.reservation.settle()
+            plan = self._plan(wanted)
+            if plan.pages:
+                self._make_room(plan, wanted)
+                self._backing.apply(plan)
+            for number, length in wanted.items():
+                self._slots[number].length = length
+            if self.poison:
+                self._backing.poison()
+
+    def fits(self, lengths: Mapping[int, int] | None = None, new: Sequence[int] = ()) -> bool:
+        """Whether `step(lengths)` would succeed now, with slots of `new` lengths allocated in the same breath.
+
+        Raises InvalidRequest where `step` would. It cannot foresee a failing driver or another cache on the pool.
+        """
+        with self._owned():
+            wanted = self._checked(lengths or {})
+            plan = self._plan(wanted)
+            idle = sum(not slot.live for slot in self._slots)
+            for tokens in new:
+                idle -= 1
+                plan += self._backing.plan_new(self._checked_length(tokens, "new length"))
+            return idle >= 0 and self._shortage(plan, wanted) is None
+
+    def capacity(self) -> int:
+        """Tokens that fit at once when nothing else is held, filling one slot after another to max_model_len."""
+        with self._owned():
+            pages = self.pool.budget
+            mappings = self.pool.driver.mappings.limit
+            longest = self.layout.max_model_len
+            full = self._backing.plan_new(longest)
+            slots = min(self.layout.max_num_seqs, pages // full.pages)
+            if mappings is not None:
+                slots = min(slots, mappings // full.mappings)
+                mappings -= slots * full.mappings
+            if slots == self.layout.max_num_seqs:
+                return slots * longest
+            return slots * longest + self._longest(pages - slots * full.pages, mappings)
+
+    def _longest(self, pages: int, mappings: int | None) -> int:
+        """The largest number of tokens one slot can have with that many pages and mappings."""
+        low, high = 0, self.layout.max_model_len
+        while low < high:
+            middle = (low + high + 1) // 2
+            plan = self._backing.plan_new(middle)
+            if plan.pages <= pages and (mappings is None or plan.mappings <= mappings):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def prefetch(self, lengths: Mapping[int, int]) -> None:
+        """Start mapping, in the background, what `step(lengths)` will need (paper section 6.1.1).
+
+        Best effort: it takes pages that are free and never somebody else's, and changes no length. It also keeps the
+        first pages of one idle slot mapped, for the next request (eager allocation, section 6.1.2).
+
+        Raises InvalidRequest as `step` does.
+        """
+        with self._owned():
+            wanted = self._checked(lengths)
+            short = {number: length for number, length in wanted.items() if length > self._slots[number].covered}
+            if short or self._wants_idle_slot:
+                self._growing = self._mapper.submit(self._grow, short)
+
+    def wait(self) -> None:
+        """Join background growth. Raises the DriverError it ended in, if it did; step would try the same again."""
+        self._check_open()
+        growing = self._join()
+        if growing is not None and (error := growing.exception()):
+            raise error
+
+    def _grow(self, wanted: Mapping[int, int]) -> None:
+        try:
+            with self.pool.lock:
+                for number, length in wanted.items():
+                    self._grow_slot(number, length)
+                self._map_idle_slot()
+        except DriverError:
+            self._prefetch_failures += 1
+            raise
+
+    def _grow_slot(self, number: int, length: int) -> bool:
+        plan = self._backing.plan_growth(number, length)
+        mappings = self.pool.driver.mappings.free
+        if plan.pages > self.pool.available or (mappings is not None and plan.mappings > mappings):
+            return False
+        try:
+            self._backing.apply(plan)
+        except OutOfPages:  # the machine has less than the budget: step will say so, if it still matters then
+            return False
+        return True
+
+    def _map_idle_slot(self) -> None:
+        """Have one idle slot with pages, where that leaves the pool above its watermark."""
+        self._wants_idle_slot = False
+        idle = [number for number, slot in enumerate(self._slots) if not slot.live]
+        spare = self.pool.available - _WATERMARK * self.pool.budget
+        if idle and not any(self._slots[number].covered for number in idle) and spare > len(self.layout.streams):
+            self._grow_slot(idle[0], 1)
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def layer(self, index: SupportsIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, [max_num_seqs, padded_len, num_kv_heads, head_dim] each: the same tensors every time.
+
+        Strided views at addresses that never change. Touch only what `step` has backed.
+
+        Raises:
+            InvalidRequest: there is no such layer.
+        """
+        self._check_open()
+        number = operator.index(index)
+        if not 0 <= number < self.layout.num_layers:
+            raise InvalidRequest(f"layer {number} is not one of the {self.layout.num_layers} layers")
+        k, v = self._views[number]
+        return k, v
+
+    def trim(self) -> int:
+        """Give everything reclaimable, and the pool's free pages, back to the system. Returns the bytes.
+
+        Raises:
+            DriverError: not everything could be given back; what was is.
+        """
+        with self._owned():
+            self._backing.reservation.settle()
+            for number, slot in enumerate(self._slots):
+                self._backing.release(number, slot.length)
+            return self.pool.trim()
+
+    def reclaimable(self) -> int:
+        """Pages that `reclaim` could make available in the pool. For the pool, which holds its lock meanwhile."""
+        return self._backing.reclaimable({})
+
+    def reclaim(self, pages: int) -> None:
+        """Unmap idle pages until `pages` more are available in the pool. For the pool, as `reclaimable`."""
+        self._backing.reclaim(self.pool.available + pages, {})
+
+    def stats(self) -> CacheStats:
+        """Numbers of one moment. Safe from any thread."""
+        self._check_open()
+        with self.pool.lock:
+            page = self.pool.page_size
+            pool = self.pool.stats()
+            live = [slot for slot in self._slots if slot.live]
+            mapped = self._backing.mapped_pages(live) * page
+            needed = sum(slot.length for slot in live) * self.layout.bytes_per_token
+            return CacheStats(
+                reserved=self.layout.size,
+                budget=pool.budget * page,
+                created=pool.created * page,
+                mapped=mapped,
+                needed=needed,
+                wasted=mapped - needed,
+                reclaimable=self._backing.reclaimable({}) * page,
+                mappings=self._backing.reservation.mappings,
+                mapping_limit=self.pool.driver.mappings.limit,
+                pages_free=pool.free,
+                pages_in_use=pool.in_use,
+                pages_quarantined=pool.quarantined,
+                live_slots=len(live),
+                driver_calls=dict(self.pool.meter.calls),
+                driver_seconds=self.pool.meter.seconds,
+                prefetch_failures=self._prefetch_failures,
+            )
+
+    def close(self) -> None:
+        """Give the physical memory back now, and the addresses when the last tensor over them dies. Idempotent.
+
+        Raises:
+            DriverError: the driver failed; closing again tries again.
+        """
+        if not self._closer.alive:
+            return
+        if os.getpid() == self._owner:
+            self._join()
+            self._mapper.shutdown()
+            _close(*self._closer.peek()[2])  # type: ignore[index]
+        self._closer.detach()
+        self._views.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._closer.alive
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _view(self, layer: int, which: int) -> torch.Tensor:
+        layout = self.layout
+        shape = (layout.max_num_seqs, layout.padded_len, layout.num_kv_heads, layout.head_dim)
+        view = layout.view(layer, which)
+        return self._backing.reservation.tensor(view.offset, shape, view.strides, layout.dtype)
+
+    def _plan(self, wanted: Mapping[int, int]) -> Plan:
+        plan = Plan()
+        for number, length in wanted.items():
+            slot = self._slots[number]
+            if length > slot.covered or slot.length < min(slot.shared, length):
+                plan += self._backing.plan(number, length)
+        return plan
+
+    def _plan_fork(self, tokens: int) -> Plan:
+        """What a fork of `tokens` tokens takes: a page for each stream whose last page is not full."""
+        tails = sum(tokens * stream.token_bytes % self.pool.page_size > 0 for stream in self.layout.streams)
+        new = self._backing.plan_new(tokens)
+        return Plan(pages=tails, mappings=new.mappings + tails)
+
+    def _shortage(self, plan: Plan, wanted: Mapping[int, int]) -> OutOfPages | None:
+        """The error that applying `plan` would meet, everything reclaimable counted; None when it fits."""
+        mappings = self.pool.driver.mappings.free
+        if mappings is not None and plan.mappings > mappings:
+            mappings += self._backing.reclaimable_mappings()
+            if plan.mappings > mappings:
+                hint = (
+                    "the mapping limit is reached: use larger pages or fewer streams a slot, or raise vm.max_map_count"
+                )
+                return OutOfPages(plan.mappings, mappings, "mappings", hint)
+        available = self.pool.available
+        if plan.pages > available:
+            others = sum(holder.reclaimable() for holder in self.pool.holders if holder is not self)
+            available += self._backing.reclaimable(wanted) + others
+            if plan.pages > available:
+                return OutOfPages(plan.pages, available)
+        return None
+
+    def _make_room(self, plan: Plan, wanted: Mapping[int, int]) -> None:
+        """Reclaim until `plan` can be applied, and then some. Raises OutOfPages, having reclaimed nothing."""
+        shortage = self._shortage(plan, wanted)
+        if shortage is not None:
+            raise shortage
+        self._backing.empty_idle(plan.mappings)
+        if plan.pages > self.pool.available:
+            self._backing.reclaim(plan.pages + int(_WATERMARK * self.pool.budget), wanted)
+            self.pool.reclaim(plan.pages - self.pool.available, asker=self)
+
+    def _checked(self, lengths: Mapping[int, int]) -> dict[int, int]:
+        if not isinstance(lengths, Mapping):
+            raise TypeError(f"lengths must map slots to numbers of tokens, not {type(lengths).__name__}")
+        return {self._checked_slot(slot): self._checked_length(length, "length") for slot, length in lengths.items()}
+
+    def _checked_slot(self, slot: SupportsIndex) -> int:
+        number = _integer(slot, "a slot")
+        if not 0 <= number < len(self._slots) or not self._slots[number].live:
+            raise InvalidRequest(f"slot {number} is not live: use one that alloc or fork gave and free has not taken")
+        return number
+
+    def _checked_length(self, length: SupportsIndex, what: str) -> int:
+        number = _integer(length, what)
+        if not 0 <= number <= self.layout.max_model_len:
+            raise InvalidRequest(f"{what} {number} is outside 0..{self.layout.max_model_len} (max_model_len)")
+        return number
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._owner:
+            raise InvalidRequest("this cache belongs to the parent process: open a new one after fork")
+        if self.closed:
+            raise InvalidRequest("this cache is closed: open a new one")
+
+    def _join(self) -> Future[None] | None:
+        """Wait for background growth, without looking at how it ended."""
+        growing = self._growing
+        if growing is not None:
+            growing.exception()
+        return growing
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Background growth is over and the pool is ours."""
+        self._check_open()
+        self._join()
+        with self.pool.lock:
+            self._check_open()
+            yield
+
+
+def _integer(value: SupportsIndex, what: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{what} must be an integer, not a bool")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be an integer, not {type(value).__name__}") from None
+
+
+def _new_pool(
+    layout: KVLayout, memory: str | SupportsIndex | None, page_size: SupportsIndex | str | None, guard: bool
+) -> tuple[PagePool, Driver]:
+    budget = parse_size(_DEFAULT_MEMORY if memory is None else memory, "memory")
+    wanted = None if page_size is None else parse_size(page_size, "page_size")
+    driver = HostDriver(guard=guard)
+    try:
+        size = wanted or choose_page_size(layout, budget, driver.granularity, driver.mappings.free)
+        pool = PagePool(driver, size, budget)
+        check_page_size(layout, size)
+        return pool, driver
+    except VAttentionError:
+        driver.close()
+        raise
+
+
+def _close(backing: Backing, pool: PagePool, own_driver: Driver | None, owner: int) -> None:
+    """Everything back: also what happens to a cache that is forgotten instead of closed."""
+    if os.getpid() != owner:
+        return
+    backing.close()
+    if own_driver is not None:
+        pool.trim()
+        own_driver.close()

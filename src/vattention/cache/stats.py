@@ -1,0 +1,45 @@
+"""What a cache holds, at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Memory of a cache in bytes, its pages by state, and what the driver had to do for it.
+
+    Attributes:
+        reserved: virtual addresses.
+        budget: physical memory the pool may create.
+        created: physical memory the pool has created. Each page once, however often it is mapped.
+        mapped: pages of live slots, at every place they are mapped; what a finished request left in a slot included.
+        needed: what the tokens of live slots take.
+        wasted: `mapped - needed`.
+        reclaimable: created memory that a step could take for others: idle slots, and pages past a live slot's length.
+        mappings: mappings to the kernel that this cache's addresses take.
+        mapping_limit: mappings the driver may use in all, None without a limit.
+        pages_free, pages_in_use, pages_quarantined: created pages of the pool by state. Quarantined pages are out of
+            use because unmapping them failed.
+        live_slots: slots in use.
+        driver_calls: calls by verb, over the pool's life. driver_seconds: time in them.
+        prefetch_failures: times background growth ended in a driver error.
+    """
+
+    reserved: int
+    budget: int
+    created: int
+    mapped: int
+    needed: int
+    wasted: int
+    reclaimable: int
+    mappings: int
+    mapping_limit: int | None
+    pages_free: int
+    pages_in_use: int
+    pages_quarantined: int
+    live_slots: int
+    driver_calls: Mapping[str, int]
+    driver_seconds: float
+    prefetch_failures: int

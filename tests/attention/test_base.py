@@ -1,0 +1,126 @@
+"""The door to transformers: what a batch must look like, and what is refused because it would change the answer."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.models import SIZES, tiny_model
+from torch import nn
+
+from vattention.attention import sdpa
+from vattention.attention.base import NAME, AttentionBatch, Segment, attention_forward, register
+from vattention.errors import InvalidRequest, UnsupportedModel
+
+HEADS, KV_HEADS, DIM = 6, 2, 8
+
+
+def layers(count: int = 2, slots: int = 3, tokens: int = 32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.zeros(slots, tokens, KV_HEADS, DIM), torch.zeros(slots, tokens, KV_HEADS, DIM)) for _ in range(count)]
+
+
+def module(layer: int = 1) -> nn.Module:
+    attention = nn.Module()
+    attention.layer_idx = layer  # type: ignore[assignment]
+    return attention
+
+
+def call(batch: AttentionBatch | None, rows: int, mask: Any = None, **kwargs: Any) -> torch.Tensor:
+    q, k, v = (torch.randn(1, heads, rows, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return attention_forward(module(), q, k, v, mask, scaling=0.3, vattention=batch, **kwargs)[0]
+
+
+@pytest.fixture
+def batch() -> AttentionBatch:
+    return AttentionBatch.build([Segment(2, 0, 5, 20)], layers(), sdpa.prepare)
+
+
+def test_new_tokens_land_in_their_slots_and_nowhere_else() -> None:
+    cache = layers(slots=4)
+    segments = [Segment(3, 0, 1, 9), Segment(0, 1, 1, 1), Segment(1, 2, 4, 6), Segment(2, 6, 1, 32)]
+    batch = AttentionBatch.build(segments, cache, sdpa.prepare)
+    key, value = torch.rand(KV_HEADS, 7, DIM) + 1, torch.rand(KV_HEADS, 7, DIM) + 3
+    batch.write(1, key, value)
+    expected = torch.zeros_like(cache[1][0]), torch.zeros_like(cache[1][1])
+    for row, (slot, position) in enumerate([(3, 8), (0, 0), (1, 2), (1, 3), (1, 4), (1, 5), (2, 31)]):
+        expected[0][slot, position], expected[1][slot, position] = key[:, row], value[:, row]
+    assert torch.equal(cache[1][0], expected[0])
+    assert torch.equal(cache[1][1], expected[1])
+    assert not cache[0][0].any()
+
+
+def test_the_output_has_the_shape_transformers_wants(batch: AttentionBatch) -> None:
+    assert call(batch, 5).shape == (1, 5, HEADS, DIM)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [],
+        [Segment(0, 1, 1, 1)],  # does not start at row 0
+        [Segment(0, 0, 2, 2), Segment(1, 3, 1, 1)],  # leaves a row out
+        [Segment(0, 0, 2, 1)],  # more rows than tokens
+        [Segment(0, 0, 0, 1)],
+        [Segment(0, 0, 1, 33)],  # past the end of the slot
+        [Segment(3, 0, 1, 1)],
+        [Segment(-1, 0, 1, 1)],
+        [Segment(0, 0, 1, 1), Segment(0, 1, 1, 2)],  # one slot twice
+    ],
+)
+def test_segments_that_make_no_batch(segments: list[Segment]) -> None:
+    with pytest.raises(InvalidRequest):
+        AttentionBatch.build(segments, layers(), sdpa.prepare)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sliding_window", 19),
+        ("softcap", 30.0),
+        ("s_aux", torch.zeros(HEADS)),
+        ("position_bias", torch.zeros(1)),
+        ("dropout", 0.1),
+        ("is_causal", False),
+        ("output_attentions", True),
+        ("something_new", 0),
+    ],
+)
+def test_arguments_that_may_change_the_answer_are_refused_by_name(batch: AttentionBatch, name: str, value: Any) -> None:
+    with pytest.raises(UnsupportedModel, match=name):
+        call(batch, 5, **{name: value})
+
+
+def test_a_mask_is_refused(batch: AttentionBatch) -> None:
+    with pytest.raises(UnsupportedModel, match="attention_mask"):
+        call(batch, 5, torch.zeros(1, 1, 5, 20))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"sliding_window": 20}, {"softcap": None}, {"output_router_logits": False}, {"position_ids": torch.zeros(1, 5)}],
+)
+def test_arguments_that_change_nothing_are_accepted(batch: AttentionBatch, kwargs: dict[str, Any]) -> None:
+    call(batch, 5, **kwargs)
+
+
+def test_a_layer_of_another_shape_is_refused(batch: AttentionBatch) -> None:
+    # One KV head would otherwise be broadcast into both of the cache's.
+    q, k = torch.zeros(1, HEADS, 5, DIM), torch.zeros(1, 1, 5, DIM)
+    with pytest.raises(UnsupportedModel, match="laid out"):
+        attention_forward(module(), q, k, k, None, vattention=batch)
+
+
+def test_without_a_batch_the_message_says_what_is_missing() -> None:
+    with pytest.raises(InvalidRequest, match="vattention="):
+        call(None, 5)
+
+
+@pytest.mark.parametrize(("model_type", "argument"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_models_of_transformers_that_need_more_are_refused(model_type: str, argument: str) -> None:
+    register()
+    model = tiny_model(model_type, sliding_window=128)
+    model.set_attn_implementation(NAME)
+    cache = layers(SIZES["num_hidden_layers"])
+    batch = AttentionBatch.build([Segment(0, 0, 3, 3)], cache, sdpa.prepare)
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(UnsupportedModel, match=argument):
+        model(input_ids=ids, position_ids=torch.arange(3)[None], use_cache=False, **{NAME: batch})
