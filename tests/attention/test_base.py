@@ -15,7 +15,9 @@ HEADS, KV_HEADS, DIM = 6, 2, 8
 
 
 def layers(count: int = 2, slots: int = 3, tokens: int = 32) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(torch.zeros(slots, tokens, KV_HEADS, DIM), torch.zeros(slots, tokens, KV_HEADS, DIM)) for _ in range(count)]
+    return [
+        (torch.zeros(slots, tokens, KV_HEADS, DIM), torch.zeros(slots, tokens, KV_HEADS, DIM)) for _ in range(count)
+    ]
 
 
 def module(layer: int = 1) -> nn.Module:

@@ -116,9 +116,7 @@ def test_unmapped_tokens_are_not_touched() -> None:
             keys[slot, :length] = 1.0
             values[slot, :length] = torch.arange(length, dtype=torch.float32)[:, None, None]
         segments = segments_of([(slots[0], 16, 16), (slots[1], 8, 48)])  # type: ignore[list-item]
-        out = sdpa.prepare(segments, dtype=torch.float32, device=keys.device)(
-            torch.ones(6, 24, 64), keys, values, None
-        )
+        out = sdpa.prepare(segments, dtype=torch.float32, device=keys.device)(torch.ones(6, 24, 64), keys, values, None)
         # Equal keys: every row is the mean of the values it may see.
         expected = [row / 2 for row in range(16)] + [(40 + row) / 2 for row in range(8)]
         torch.testing.assert_close(out[:, 0, 0], torch.tensor(expected))

@@ -21,6 +21,9 @@ from vattention.engine.request import Request
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import SamplingParams
 
+# Waking a second thread costs more than such small work, and ten times more than that on a busy machine.
+torch.set_num_threads(1)
+
 TOLERANCE = 1e-4
 """Of float32 logits, as a share of their spread; a wrong scale or mask moves them by more than their spread."""
 
@@ -144,7 +147,9 @@ def engine_for(model: LoadedModel, *, max_num_seqs: int = 4, max_model_len: int 
     )
 
 
-def run(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
+def run(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Request]:
     """Add all, step until nobody is left."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     requests = [engine.add_request(prompt, wanted) for prompt, wanted in zip(prompts, each, strict=True)]

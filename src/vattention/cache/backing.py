@@ -85,6 +85,7 @@ class Backing:
     def close(self) -> None:
         """Give every page back, and the addresses once the last tensor over them dies. Raises DriverError."""
         self.reservation.close()
+        self.slots.clear()  # the pool may ask a closed cache for pages, as long as somebody holds on to it
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     # -- planning -------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class Backing:
         """What a slot without pages needs for `tokens` tokens."""
         pages = list(self.pages_for(tokens))
         linear = self.pool.driver.linear
-        return Plan(pages=sum(pages), mappings=sum(min(2, count) for count in pages) if linear else sum(pages))
+        return Plan(pages=sum(pages), mappings=sum(2 for count in pages if count) if linear else sum(pages))
 
     def _new_mappings(self, part: _Part) -> int:
         """Mappings that a growth adds at most: none where the stream goes on in the page behind its last one."""

@@ -81,6 +81,7 @@ class KVCache:
             check_page_size(layout, pool.page_size)
         self.layout = layout
         self.pool = pool
+        self._own_driver = own_driver
         self.poison = bool(poison)
         try:
             self._backing = Backing(layout, pool)
@@ -95,7 +96,7 @@ class KVCache:
         self._prefetch_failures = 0
         self._wants_idle_slot = True
         self._owner = os.getpid()
-        self._closer = weakref.finalize(self, _close, self._backing, pool, own_driver, self._owner)
+        self._closer = weakref.finalize(self, _forget, self._backing, pool, own_driver, self._owner)
         self._closer.atexit = False  # the system takes everything back by itself then
         pool.add_holder(self)
 
@@ -375,8 +376,8 @@ class KVCache:
             return
         if os.getpid() == self._owner:
             self._join()
+            _close(self._backing, self.pool, self._own_driver)
             self._mapper.shutdown()
-            _close(*self._closer.peek()[2])  # type: ignore[index]
         self._closer.detach()
         self._views.clear()
 
@@ -506,11 +507,19 @@ def _new_pool(
         raise
 
 
-def _close(backing: Backing, pool: PagePool, own_driver: Driver | None, owner: int) -> None:
-    """Everything back: also what happens to a cache that is forgotten instead of closed."""
-    if os.getpid() != owner:
-        return
+def _close(backing: Backing, pool: PagePool, own_driver: Driver | None) -> None:
+    """Everything back."""
     backing.close()
     if own_driver is not None:
         pool.trim()
         own_driver.close()
+
+
+def _forget(backing: Backing, pool: PagePool, own_driver: Driver | None, owner: int) -> None:
+    """What becomes of a cache that is dropped instead of closed."""
+    if os.getpid() != owner:
+        return
+    if own_driver is not None:
+        _close(backing, pool, own_driver)
+    else:
+        pool.defer(backing.close)

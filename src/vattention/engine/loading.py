@@ -255,13 +255,15 @@ def _read_weights(source: Source, config: Any, dtype: torch.dtype | None) -> Any
             dtype=dtype,
             attn_implementation=NAME,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             trust_remote_code=False,
         )
-    # transformers fills missing weights with random numbers and goes on.
-    for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, report.get(problem) or ())):
-            what = problem.removesuffix("_keys")
-            raise ConfigError(f"{source} does not fit its configuration: {len(names)} weights {what}, {names[0]} first")
+    # transformers fills what is missing or of another shape with random numbers and goes on.
+    for problem in ("missing", "mismatched"):
+        if names := sorted(map(str, report.get(f"{problem}_keys") or ())):
+            raise ConfigError(
+                f"{source} does not fit its configuration: {len(names)} weights {problem}: {names[0]}, ..."
+            )
     return model
 
 
@@ -292,9 +294,11 @@ def _errors_of(source: Source, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        hint = "" if source.local else ": no such model on the hub, or no network; a path must exist on this machine"
+        hint = "no such model on the hub, or no network; a path must exist on this machine"
+        if source.local:
+            hint = "damaged, incomplete, or of a kind that this transformers does not know"
         reason = f"{type(error).__name__}: {first[:300]}"
-        raise ConfigError(f"cannot read the {what} of {source}{hint} ({reason})") from None
+        raise ConfigError(f"cannot read the {what} of {source}: {hint} ({reason})") from None
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ class Scheduler:
                 self._cache.step({chunk.slot: chunk.end for chunk in chunks})
             except OutOfPages as refused:
                 # A request that has just made room must not be the next to take it.
-                admit = False
+                pass
                 if len(self.running) > 1:
                     self._preempt(self.running[-1])
                 else:
@@ -105,13 +105,14 @@ class Scheduler:
         """Share the rows of a pass out, admitting those for whom there is room. Empty when nobody can run."""
         room = self._max_num_batched_tokens
         chunks: list[Chunk] = []
-        # One row each is always there: max_num_batched_tokens is at least max_num_seqs.
-        for request in sorted(self.running, key=lambda request: request.remaining > 1):
+        # Only the one admitted last can still be at its prompt, as it took all the room there was. The others decode,
+        # a row each, and max_num_batched_tokens is at least max_num_seqs: nobody goes without.
+        for request in self.running:
             room -= self._take(chunks, request, room)
         while admit and room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
             request = self.waiting[0]
-            # All of the prompt must fit now, beside all of the prompts that are still being computed. With nobody
-            # else to wait for there is no use in asking: it goes as far as it can.
+            # All of the prompt must fit now, beside all that the others are about to hold. With nobody else to wait
+            # for there is no use in asking: it goes as far as it can.
             wanted = {r.slot: r.num_tokens for r in self.running if r.slot is not None}
             if wanted and not self._cache.fits(wanted, new=[request.num_tokens]):
                 break
@@ -127,8 +128,8 @@ class Scheduler:
     def _take(chunks: list[Chunk], request: Request, room: int) -> int:
         """Add the next rows of `request`, at most `room`; return how many."""
         rows = min(request.remaining, room)
-        if rows and request.slot is not None:
-            chunks.append(Chunk(request, request.slot, request.computed, request.computed + rows))
+        assert rows > 0 and request.slot is not None
+        chunks.append(Chunk(request, request.slot, request.computed, request.computed + rows))
         return rows
 
     def _preempt(self, request: Request) -> None:

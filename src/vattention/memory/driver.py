@@ -34,7 +34,7 @@ class MappingBudget:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self.used = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may charge in the middle of a charge
 
     @property
     def free(self) -> int | None:

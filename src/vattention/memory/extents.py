@@ -37,16 +37,27 @@ class Extents:
         starts = self._spare.get(pages)
         return next(reversed(starts)) if starts else None
 
-    def count(self, page: int, change: int) -> None:
-        """`change` pages were created (or, negative, released) in the extent around `page`."""
-        extent = self._around(page)
-        assert extent is not None, f"page {page:#x} is in no extent"
-        spare = self._spare.setdefault((extent.end - extent.start) // self._page_size, {})
-        extent.created += change
-        if extent.created:
-            spare.pop(extent.start, None)
-        else:
-            spare[extent.start] = None
+    def count_created(self, start: int, pages: int) -> None:
+        """`pages` pages from `start` on were created."""
+        self._count(start, pages, +1)
+
+    def count_released(self, start: int, pages: int) -> None:
+        """`pages` pages from `start` on were released."""
+        self._count(start, pages, -1)
+
+    def _count(self, start: int, pages: int, sign: int) -> None:
+        end = start + pages * self._page_size
+        while start < end:  # extents lie side by side, so a run of free pages may reach over several
+            extent = self._around(start)
+            assert extent is not None, f"page {start:#x} is in no extent"
+            stop = min(end, extent.end)
+            extent.created += sign * (stop - start) // self._page_size
+            spare = self._spare.setdefault((extent.end - extent.start) // self._page_size, {})
+            if extent.created:
+                spare.pop(extent.start, None)
+            else:
+                spare[extent.start] = None
+            start = stop
 
     def _around(self, page: int) -> _Extent | None:
         index = bisect.bisect(self._starts, page) - 1

@@ -9,9 +9,10 @@ extents, as many of them are released as are created here.
 
 from __future__ import annotations
 
+import collections
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from vattention.errors import ConfigError, DriverError, OutOfPages
@@ -79,6 +80,7 @@ class PagePool:
         self._free = 0
         self._quarantined = 0
         self._extents = Extents(page_size)
+        self._deferred: collections.deque[Callable[[], None]] = collections.deque()
         self._holders: list[weakref.ref[Holder]] = []
 
     # -- numbers ------------------------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ class PagePool:
     def available(self) -> int:
         """Pages that `take` could give now: free ones and ones not created yet."""
         with self.lock:
+            self._run_deferred()
             return max(0, self._budget - len(self._refs) + self._free)
 
     def references(self, page: int) -> int:
@@ -101,6 +104,7 @@ class PagePool:
     def stats(self) -> PoolStats:
         """Pages by state, at one moment."""
         with self.lock:
+            self._run_deferred()
             created = len(self._refs)
             in_use = created - self._free - self._quarantined
             return PoolStats(self._budget, created, self._free, in_use, self._quarantined)
@@ -202,6 +206,7 @@ class PagePool:
     def trim(self) -> int:
         """Give the free pages' memory back to the system; return the bytes. The budget stays."""
         with self.lock:
+            self._run_deferred()
             pages = self._free
             self._release_free(pages)
             return pages * self.page_size
@@ -226,6 +231,17 @@ class PagePool:
                     break
                 if holder is not asker:
                     holder.reclaim(goal - self.available)
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Have `work` done before the pool is next asked for numbers.
+
+        For finalizers: they run in the middle of anything, also of what a thread that holds the lock is doing here.
+        """
+        self._deferred.append(work)
+
+    def _run_deferred(self) -> None:
+        while self._deferred:
+            self._deferred.popleft()()
 
     def _whole_pages(self, budget: int) -> int:
         if budget < self.page_size:
@@ -348,7 +364,7 @@ class PagePool:
         if self.driver.linear:
             if at is None:
                 self._extents.open(handle, room)
-            self._extents.count(handle, +pages)
+            self._extents.count_created(handle, pages)
         return handle
 
     def _release_free(self, pages: int, keep: Run | None = None) -> None:
@@ -382,4 +398,4 @@ class PagePool:
             for released in self._pages([Run(handle, step)]):
                 del self._refs[released]
             if self.driver.linear:
-                self._extents.count(handle, -step)
+                self._extents.count_released(handle, step)

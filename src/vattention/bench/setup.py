@@ -1,0 +1,68 @@
+"""An engine in its parts: what the measurements need to hold in their hands, where `LLM` hides it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vattention.cache import KVCache, KVLayout
+from vattention.engine.engine import Engine
+from vattention.engine.loading import LoadedModel
+from vattention.engine.runner import Runner
+from vattention.memory.limits import memory_headroom
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """As the arguments of `LLM`, with its defaults."""
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    kv_cache_memory: str | None = None
+    page_size: str | None = None
+    max_num_batched_tokens: int = 512
+    head_major: bool = False
+    layers_per_stream: int | None = 1
+    kv_together: bool = False
+    guard: bool = False
+    poison: bool = False
+
+
+def open_cache(loaded: LoadedModel, options: EngineOptions) -> KVCache:
+    """A cache for `loaded`; the budget is half of what the machine has left unless one is given.
+
+    Raises: as `LLM` does.
+    """
+    shape = loaded.geometry
+    layout = KVLayout(
+        shape.num_layers,
+        shape.num_kv_heads,
+        shape.head_dim,
+        loaded.dtype,
+        options.max_num_seqs,
+        shape.longest_request(options.max_model_len),
+        head_major=options.head_major,
+        layers_per_stream=options.layers_per_stream,
+        kv_together=options.kv_together,
+    )
+    headroom = memory_headroom()
+    default = layout.size if headroom is None else max(1, min(layout.size, headroom // 2))
+    return KVCache(
+        layout,
+        memory=options.kv_cache_memory or default,
+        page_size=options.page_size,
+        guard=options.guard,
+        poison=options.poison,
+    )
+
+
+def open_engine(loaded: LoadedModel, cache: KVCache, runner: Runner, options: EngineOptions) -> Engine:
+    """An engine that feeds `runner` from `cache`."""
+    return Engine(
+        runner,
+        cache,
+        vocab_size=loaded.geometry.vocab_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
+        max_model_len=cache.layout.max_model_len,
+        eos_token_ids=loaded.eos_token_ids,
+    )

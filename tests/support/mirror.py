@@ -1,0 +1,231 @@
+"""A cache, and beside it, in a plain list, what it must hold.
+
+Every token that is written gets a serial number of its own, and every element of its K and V in every layer a value
+made of that number and of its place. So whatever a slot shows, it can be told whose token it is, and a page that shows
+up in the wrong slot, stream, layer or head is seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from support import kernel
+from vattention.cache import KVCache
+from vattention.errors import OutOfPages
+from vattention.memory import PagePool, Run
+
+_INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
+_serials = itertools.count(1)
+
+
+class Mirror:
+    """One cache and the serial numbers of the tokens in its live slots.
+
+    Attributes:
+        tokens: live slot -> serial number of each of its tokens.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.tokens: dict[int, np.ndarray] = {}
+        layout = cache.layout
+        as_integer, self._type = _INTEGERS[layout.dtype.itemsize]
+        shape = (layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
+        codes = np.random.default_rng(layout.num_layers).integers(0, 2**63, shape, dtype=np.uint64)
+        self._views = [
+            (view.view(as_integer).numpy().view(self._type), codes[layer, which].astype(self._type))
+            for layer in range(layout.num_layers)
+            for which, view in enumerate(cache.layer(layer))
+        ]
+
+    def forget(self) -> None:
+        """Let go of everything that keeps the cache's addresses alive."""
+        self._views.clear()
+        self.tokens.clear()
+
+    # -- changing both ------------------------------------------------------------------------------------------------
+
+    def alloc(self, tokens: int = 0) -> int | None:
+        slot = self.cache.alloc(tokens)
+        assert (slot is None) == (len(self.tokens) == self.cache.layout.max_num_seqs)
+        if slot is not None:
+            assert slot not in self.tokens
+            self.tokens[slot] = np.zeros(0, np.uint64)
+        return slot
+
+    def free(self, slot: int) -> None:
+        self.cache.free(slot)
+        del self.tokens[slot]
+
+    def fork(self, slot: int) -> int | None:
+        target = self.cache.fork(slot)
+        assert (target is None) == (len(self.tokens) == self.cache.layout.max_num_seqs)
+        if target is not None:
+            assert target not in self.tokens
+            self.tokens[target] = self.tokens[slot].copy()
+        return target
+
+    def step(self, lengths: Mapping[int, int]) -> None:
+        """Step, then write the tokens that are new, as a forward pass would."""
+        self.cache.step(lengths)
+        for slot, length in lengths.items():
+            start = len(self.tokens[slot])
+            fresh = np.fromiter(itertools.islice(_serials, max(0, length - start)), np.uint64)
+            self.tokens[slot] = np.concatenate([self.tokens[slot][:length], fresh])
+            if len(fresh):
+                for view, codes in self._views:
+                    view[slot, start:length] = self._values(fresh, codes)
+
+    def step_as_foreseen(self, lengths: Mapping[int, int]) -> bool:
+        """Step, which must go as `fits` says. Returns whether it did fit."""
+        foreseen = self.cache.fits(lengths)
+        try:
+            self.step(lengths)
+        except OutOfPages as error:
+            assert not foreseen, f"fits said yes, and step said {error}"
+            assert error.needed > error.free
+        else:
+            assert foreseen, "fits said no, and step succeeded"
+        return foreseen
+
+    # -- comparing ----------------------------------------------------------------------------------------------------
+
+    def _values(self, serials: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        return serials.astype(self._type)[:, None, None] * self._type(0x9E3779B1 & 0xFFFF | 1) + codes
+
+    def check_lengths(self) -> None:
+        assert {slot: self.cache.length(slot) for slot in self.tokens} == {
+            slot: len(serials) for slot, serials in self.tokens.items()
+        }
+
+    def check_contents(self, *, unreadable: Iterable[int] = ()) -> int:
+        """Every token of every live slot shows its values. Returns how many tokens were compared.
+
+        Args:
+            unreadable: pages of the address range that cannot be looked at; tokens that touch them are left out.
+        """
+        compared = 0
+        unreadable = set(unreadable)
+        for slot, serials in self.tokens.items():
+            kept = slice(0, len(serials))
+            if unreadable:
+                touched = self._tokens_in(slot, unreadable)
+                kept = np.array([token for token in range(len(serials)) if token not in touched], dtype=np.int64)
+                serials = serials[kept]
+            for number, (view, codes) in enumerate(self._views):
+                shown, expected = view[slot, kept], self._values(serials, codes)
+                if not np.array_equal(shown, expected):
+                    wrong = np.nonzero((shown != expected).any(axis=(1, 2)))[0].tolist()
+                    raise AssertionError(f"slot {slot}, layer {number // 2}, {'kv'[number % 2]}: tokens {wrong} changed")
+            compared += len(serials)
+        return compared
+
+    def _tokens_in(self, slot: int, pages: set[int]) -> set[int]:
+        page_size = self.cache.pool.page_size
+        found: set[int] = set()
+        for stream in self.cache.layout.streams:
+            start = stream.offset + slot * stream.size
+            for page in pages:
+                first = (page * page_size - start) // stream.token_bytes
+                last = ((page + 1) * page_size - 1 - start) // stream.token_bytes
+                if start <= page * page_size < start + stream.size:
+                    found.update(range(max(0, first), last + 1))
+        return found
+
+    def places(self) -> dict[int, int]:
+        """The cache's page table: page of the address range -> physical page."""
+        return dict(self.cache._backing.reservation._table)
+
+    def check_backed(self) -> None:
+        """Invariant 1: each token of a live slot has its pages in every stream."""
+        page_size = self.cache.pool.page_size
+        table = self.places()
+        for slot, serials in self.tokens.items():
+            for stream in self.cache.layout.streams:
+                first = (stream.offset + slot * stream.size) // page_size
+                for page in range(first, first + -(-len(serials) * stream.token_bytes // page_size)):
+                    assert page in table, f"slot {slot}: page {page} is not mapped"
+
+    def check_kernel(self, maps: str | None = None) -> None:
+        """The kernel's page table is ours, and it takes no more mappings for it than we count."""
+        reservation = self.cache._backing.reservation
+        found = kernel.mapped_pages(reservation.address, reservation.size, reservation.pool.page_size, maps)
+        assert found == self.places()
+        taken = len(kernel.mappings(reservation.address, reservation.size, maps))
+        assert taken <= reservation.mappings, f"the kernel takes {taken} mappings, we count {reservation.mappings}"
+
+    def check_stats(self) -> None:
+        stats = self.cache.stats()
+        pool, page = self.cache.pool.stats(), self.cache.pool.page_size
+        layout = self.cache.layout
+        needed = sum(map(len, self.tokens.values())) * layout.bytes_per_token
+        assert (stats.needed, stats.live_slots, stats.reserved) == (needed, len(self.tokens), layout.size)
+        live = 0
+        for stream in layout.streams:
+            for slot in self.tokens:
+                first = (stream.offset + slot * stream.size) // page
+                live += sum(first <= place < first + stream.size // page for place in self.places())
+        assert stats.mapped == live * page
+        assert stats.mapped >= stats.needed
+        assert stats.wasted == stats.mapped - stats.needed
+        assert (stats.budget, stats.created) == (pool.budget * page, pool.created * page)
+        assert (stats.pages_free, stats.pages_in_use, stats.pages_quarantined) == (
+            pool.free, pool.in_use, pool.quarantined,
+        )  # fmt: skip
+        assert 0 <= stats.reclaimable <= pool.in_use * page
+        assert stats.mappings <= (stats.mapping_limit or stats.mappings)
+
+
+def check_pool(
+    pool: PagePool, mirrors: Iterable[Mirror], *, held: Iterable[Run] = (), physical_bytes: int | None = None
+) -> None:
+    """Invariants 2 and 3 over one pool, all caches on it, and what somebody else holds.
+
+    Args:
+        physical_bytes: what the driver says it holds, where it can say.
+    """
+    mirrors = list(mirrors)
+    page = pool.page_size
+    references: Counter[int] = Counter()
+    for run in held:
+        references.update(range(run.handle, run.handle + run.pages * page, page))
+    stuck: Counter[int] = Counter()
+    for mirror in mirrors:
+        references.update(mirror.places().values())
+        for pages in mirror.cache._backing.reservation._stuck.values():
+            stuck.update(pages)
+    created = set(pool._refs)
+    assert set(references) | set(stuck) <= created, "a page is mapped that the pool has not created"
+    for number in created:
+        assert pool.references(number) == references[number] + stuck[number], f"references of page {number:#x}"
+    stats = pool.stats()
+    quarantined = len(set(stuck) - set(references))
+    in_use = len(references)
+    assert stats == (pool.budget, len(created), len(created) - in_use - quarantined, in_use, quarantined)
+    assert stats.free + stats.in_use + stats.quarantined == stats.created <= stats.budget
+    assert min(stats) >= 0
+    assert pool.available == stats.budget - stats.created + stats.free
+    if physical_bytes is not None:
+        assert physical_bytes == stats.created * page
+    budget = pool.driver.mappings
+    assert budget.limit is None or budget.used <= budget.limit
+
+
+def check_all(pool: PagePool, mirrors: Iterable[Mirror], *, held: Iterable[Run] = ()) -> None:
+    """Everything that must be true between two calls while the driver, a HostDriver, works."""
+    mirrors = list(mirrors)
+    for mirror in mirrors:
+        mirror.cache.fits({})  # joins background growth
+        mirror.check_lengths()
+    check_pool(pool, mirrors, held=held, physical_bytes=pool.driver.physical_bytes)
+    maps = kernel.read_maps()
+    for mirror in mirrors:
+        mirror.check_backed()
+        mirror.check_kernel(maps)
+        mirror.check_stats()
+        mirror.check_contents()

@@ -1,0 +1,45 @@
+"""What `import vattention` gives, and what it must not load."""
+
+import subprocess
+import sys
+
+import pytest
+
+import vattention
+
+PUBLIC = (
+    "LLM SamplingParams RequestOutput KVCache KVLayout CacheStats"
+    " VAttentionError OutOfPages DriverError UnsupportedModel InvalidRequest ConfigError"
+).split()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names(name: str) -> None:
+    assert getattr(vattention, name).__name__ == name
+    assert name in vattention.__all__
+    assert name in dir(vattention)
+
+
+def test_nothing_else_is_promised() -> None:
+    assert set(vattention.__all__) == set(PUBLIC)
+    with pytest.raises(AttributeError, match="AsyncLLM"):
+        _ = vattention.AsyncLLM  # a later issue
+
+
+def test_errors_form_one_hierarchy() -> None:
+    for name in ("OutOfPages", "DriverError", "UnsupportedModel", "InvalidRequest", "ConfigError"):
+        assert issubclass(getattr(vattention, name), vattention.VAttentionError)
+
+
+def test_importing_is_light() -> None:
+    script = """
+import sys
+import vattention
+print("torch" in sys.modules, "transformers" in sys.modules)
+vattention.SamplingParams, vattention.RequestOutput, vattention.InvalidRequest
+print("torch" in sys.modules, "transformers" in sys.modules)
+vattention.LLM, vattention.KVCache
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False", "False", "False", "False", "True", "False"]
