@@ -10,6 +10,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO := $(BIN)/vattention generate --prompt "What is the capital of France?"
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # The first Python on the path that will do, looked for only when .venv has to be made.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -24,8 +25,8 @@ help:
 	@echo "make clean     remove .venv and every cache"
 
 demo: $(VENV)/.demo $(VENV)/.model
-	@echo "==> vattention generate"
-	@$(BIN)/vattention generate "What is the capital of France?"
+	@echo '==> $(DEMO)'
+	@$(DEMO)
 
 test: $(VENV)/.test $(VENV)/.model
 	@echo "==> pytest"

@@ -10,7 +10,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)  # tiny operations on two busy cores are several times slower with two threads
 
 TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
 

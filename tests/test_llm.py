@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import as_transformers, demo_model, greedy, loaded, tiny_model
 
-from vattention import LLM, RequestOutput, SamplingParams
+from support.models import as_transformers, demo_model, greedy, loaded, tiny_model
+from vattention import LLM, KVCache, RequestOutput, SamplingParams
 from vattention.engine.loading import LoadedModel
 from vattention.errors import ConfigError, InvalidRequest, UnsupportedModel
 
@@ -288,6 +288,22 @@ def test_a_model_without_tokenizer_serves_token_ids() -> None:
             llm.generate("text")
 
 
+def test_two_engines_share_weights_and_nothing_else(tiny: LoadedModel) -> None:
+    """What attention needs travels with each pass: there is no global state to mix up."""
+    params = SamplingParams(temperature=0, max_tokens=6)
+    with (
+        LLM(tiny, kv_cache_memory="4MiB", max_model_len=128) as one,
+        LLM(tiny, kv_cache_memory="4MiB", max_model_len=64, head_major=True, layers_per_stream=None) as two,
+    ):
+        alone = tokens(one.generate(["a", "b c"], params, use_tqdm=False))
+        requests = [(llm, llm.engine.add_request([5, 6, 7], params)) for llm in (one, two)]
+        while any(llm.engine.unfinished for llm, _ in requests):
+            for llm, _ in requests:
+                llm.engine.step()
+        assert requests[0][1].output_token_ids == requests[1][1].output_token_ids
+        assert tokens(two.generate(["a", "b c"], params, use_tqdm=False)) == alone
+
+
 def test_use_after_close(tiny: LoadedModel) -> None:
     llm = LLM(tiny, kv_cache_memory="4MiB", max_model_len=128)
     llm.close()
@@ -322,6 +338,19 @@ def test_use_after_close(tiny: LoadedModel) -> None:
 def test_options_that_cannot_work(tiny: LoadedModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(tiny, **options)
+
+
+def test_a_start_that_fails_late_gives_the_cache_back(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[KVCache] = []
+
+    def fails(runner: object, cache: KVCache, **options: object) -> None:
+        opened.append(cache)
+        raise ConfigError("late")
+
+    monkeypatch.setattr("vattention.llm.Engine", fails)
+    with pytest.raises(ConfigError, match="late"):
+        LLM(tiny, kv_cache_memory="4MiB")
+    assert opened[0].closed
 
 
 @pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "seed"])

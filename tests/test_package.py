@@ -7,10 +7,8 @@ import pytest
 
 import vattention
 
-PUBLIC = (
-    "LLM SamplingParams RequestOutput KVCache KVLayout CacheStats"
-    " VAttentionError OutOfPages DriverError UnsupportedModel InvalidRequest ConfigError"
-).split()
+ERRORS = ["VAttentionError", "OutOfPages", "DriverError", "UnsupportedModel", "InvalidRequest", "ConfigError"]
+PUBLIC = ["LLM", "SamplingParams", "RequestOutput", "KVCache", "KVLayout", "CacheStats", *ERRORS]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -27,7 +25,7 @@ def test_nothing_else_is_promised() -> None:
 
 
 def test_errors_form_one_hierarchy() -> None:
-    for name in ("OutOfPages", "DriverError", "UnsupportedModel", "InvalidRequest", "ConfigError"):
+    for name in ERRORS:
         assert issubclass(getattr(vattention, name), vattention.VAttentionError)
 
 

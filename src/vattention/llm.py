@@ -76,7 +76,7 @@ class LLM:
         seed: int = 0,
         max_num_batched_tokens: int | None = None,
         head_major: bool = False,
-        layers_per_stream: int = 1,
+        layers_per_stream: int | None = 1,
         kv_together: bool = False,
         guard: bool = False,
         poison: bool = False,

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import SIZES, tiny_model
 from torch import nn
 
+from support.models import SIZES, tiny_model
 from vattention.attention import sdpa
 from vattention.attention.base import NAME, AttentionBatch, Segment, attention_forward, register
 from vattention.errors import InvalidRequest, UnsupportedModel

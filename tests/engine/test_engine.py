@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.models import (
     TOLERANCE,
     Recorder,
@@ -18,7 +19,6 @@ from support.models import (
     teacher_forced,
     tiny_model,
 )
-
 from vattention.attention import sdpa
 from vattention.attention.base import AttentionBatch
 from vattention.engine.engine import Engine
@@ -151,6 +151,16 @@ def test_randomness_belongs_to_the_request(model: LoadedModel) -> None:
     assert all(a != b for a, b in zip(together, tokens_of(engine_for(model), other), strict=True))
 
 
+def test_every_position_has_its_own_number(model: LoadedModel) -> None:
+    """A text that is cut anywhere and given back as a prompt goes on as it did; and no number is used twice."""
+    hot = SamplingParams(temperature=100.0, max_tokens=TOKENS, seed=3)  # flat: the number alone decides
+    (whole,) = tokens_of(engine_for(model), hot, PROMPTS[:1])
+    assert len(set(whole)) > TOKENS / 2
+    for cut in (1, 5, 11):
+        (rest,) = tokens_of(engine_for(model), hot, [PROMPTS[0] + whole[:cut]])
+        assert rest[: TOKENS - cut] == whole[cut:]
+
+
 def test_requests_without_a_seed_take_the_engines(model: LoadedModel) -> None:
     params = SamplingParams(temperature=1.0, max_tokens=TOKENS)
     same_prompt = [PROMPTS[3]] * 3
@@ -161,7 +171,7 @@ def test_requests_without_a_seed_take_the_engines(model: LoadedModel) -> None:
 
 
 def test_no_driver_call_between_two_tokens_of_steady_decoding(model: LoadedModel) -> None:
-    """Pages come while the model computes, from another thread (paper section 6.1.1)."""
+    """Pages come while the model computes, from another thread (the paper's background allocation)."""
     engine = engine_for(model, page_size=4096)
     meter = engine._cache.pool.meter
     me = threading.get_ident()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import demo_model, tiny_model
 
+from support.models import demo_model, tiny_model
 from vattention.engine.loading import find, load_model, parse_dtype
 from vattention.errors import ConfigError, UnsupportedModel
 
@@ -190,11 +190,11 @@ def test_paths_with_nothing_there(name: str) -> None:
 
 
 def test_other_things_that_are_no_models(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a file but no .gguf"):
+    with pytest.raises(ConfigError, match="is a file but no"):
         load_model(saved / "model.safetensors")
     with pytest.raises(ConfigError, match="no such file or directory"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match="has no config"):
         load_model(tmp_path)
     with pytest.raises(TypeError):
         load_model(5)  # type: ignore[arg-type]
@@ -205,8 +205,9 @@ def test_a_hub_id_without_network() -> None:
         load_model("nobody/nothing")
 
 
-def test_a_local_path_never_reaches_for_the_network(saved: Path) -> None:
+def test_a_local_path_never_reaches_for_the_network(copy: Path) -> None:
     """In a process of its own, where every look-up of a host is fatal and nothing says "offline"."""
+    demo_model().tokenizer.save_pretrained(copy)
     script = """
 import os, socket, sys
 os.environ.pop("HF_HUB_OFFLINE", None)
@@ -215,12 +216,12 @@ def fatal(*args, **kwargs):
     os._exit(9)
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = fatal
 from vattention.engine.loading import load_model
-load_model(sys.argv[1])
+assert load_model(sys.argv[1]).tokenizer is not None
 try:
     load_model("nobody/nothing")
 except BaseException:
     os._exit(8)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(saved)], capture_output=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script, str(copy)], capture_output=True, timeout=120, check=False)
     # 9 for the hub id shows that the trap works; the directory before it passed.
     assert (done.returncode, done.stderr[-8:]) == (9, b"network!"), done.stderr.decode()

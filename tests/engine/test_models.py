@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from support.models import (
     TOLERANCE,
     Recorder,
@@ -22,8 +24,6 @@ from support.models import (
     teacher_forced,
     tiny_model,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from vattention.engine.loading import SUPPORTED
 from vattention.engine.sampling_params import SamplingParams
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from vattention.engine import sampler
 from vattention.engine.sampler import Row, philox, random_bits, sample, uniform
 from vattention.errors import VAttentionError
 
@@ -62,6 +63,15 @@ def test_tokens_come_in_proportion(temperature: float) -> None:
     keep = expected > 0
     chi_square = ((counts[keep] - expected[keep]) ** 2 / expected[keep]).sum()
     assert chi_square < 16.3  # 3 degrees of freedom, one in a thousand
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2.0**-53])
+def test_the_ends_of_the_interval(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number, however unlikely, picks a token of probability zero."""
+    monkeypatch.setattr(sampler, "uniform", lambda rows: np.full(len(rows), number))
+    logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    expected = 2 if number < 0.5 else 4
+    assert sample(logits, [Row(1.0, 0, 0)]) == [expected]
 
 
 def test_a_row_does_not_depend_on_its_company() -> None:

@@ -160,13 +160,15 @@ def test_pressure_of_four_times_the_budget() -> None:
         nothing_is_left(engine, cache)
 
 
-def test_first_come_first_served() -> None:
-    engine, _, cache = engine_with(max_num_seqs=2)
+@pytest.mark.parametrize(("pages", "preempts"), [(256, False), (6, True)])
+def test_first_come_first_served(pages: int, preempts: bool) -> None:
+    engine, _, cache = engine_with(pages * 4096, max_num_seqs=3)
     with cache:
         order: list[Request] = []
-        requests = [engine.add_request([i], GREEDY) for i in range(6)]
+        requests = [engine.add_request([i] * 3, GREEDY) for i in range(9)]
         while engine.unfinished:
             order += [request for request in engine.step() if request.finished]
+        assert (engine.scheduler.preemptions > 0) == preempts
         assert order == requests
 
 
@@ -249,6 +251,25 @@ def test_memory_that_somebody_else_took_is_an_error_and_not_a_hang() -> None:
         again = engine.add_request([1] * 20, GREEDY)
         finish(engine)
         assert again.output_token_ids == expected([1] * 20, 8)
+
+
+def test_a_machine_with_less_memory_than_the_budget_is_served_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fits` goes by the budget; where `step` finds less, the engine must neither hang nor give up."""
+    engine, _, cache = engine_with()
+    step = cache.step
+
+    def one_at_a_time(lengths: dict[int, int]) -> None:
+        if len(lengths) > 1:
+            raise OutOfPages(2, 1)
+        step(lengths)
+
+    with cache:
+        monkeypatch.setattr(cache, "step", one_at_a_time)
+        requests = [engine.add_request([i], GREEDY) for i in range(3)]
+        finish(engine)
+        for request in requests:
+            assert request.output_token_ids == expected(request.prompt_token_ids, 8)
+        nothing_is_left(engine, cache)
 
 
 def test_slots_that_somebody_else_took_are_an_error_and_not_a_hang() -> None:

@@ -18,8 +18,14 @@ _ROUNDS = 3
 
 def measure(driver: Driver, page_size: int) -> dict[str, float]:
     """Median microseconds a page of each call. "first" is a page nobody has touched: making it readable zeroes it."""
-    count = min(1024, max(8, _BYTES // page_size))
     samples: dict[str, list[float]] = {}
+    for _ in range(_ROUNDS):
+        _measure_round(driver, page_size, min(1024, max(8, _BYTES // page_size)), samples)
+    return {name: statistics.median(values) * 1e6 for name, values in samples.items()}
+
+
+def _measure_round(driver: Driver, page_size: int, count: int, samples: dict[str, list[float]]) -> None:
+    """The life of `count` pages; adds the seconds of each call to `samples`, by name."""
 
     def each(name: str, call: Callable[[int], object]) -> None:
         for index in range(count):
@@ -27,22 +33,20 @@ def measure(driver: Driver, page_size: int) -> dict[str, float]:
             call(index)
             samples.setdefault(name, []).append(time.perf_counter() - start)
 
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        base = driver.reserve(count * page_size)
-        samples.setdefault("reserve", []).append(time.perf_counter() - start)
-        handles: list[int] = []
-        places = [base + index * page_size for index in range(count)]
-        each("create", lambda _: handles.append(driver.create(page_size)))
-        each("map", lambda index: driver.map(places[index], handles[index], page_size))
-        each("set_access, first", lambda index: driver.set_access(places[index], page_size, Access.READ_WRITE))
-        each("unmap", lambda index: driver.unmap(places[index], page_size))
-        each("map", lambda index: driver.map(places[index], handles[index], page_size))
-        each("set_access, again", lambda index: driver.set_access(places[index], page_size, Access.READ_WRITE))
-        each("unmap", lambda index: driver.unmap(places[index], page_size))
-        each("release", lambda index: driver.release(handles[index], page_size))
-        driver.free(base, count * page_size)
-    return {name: statistics.median(values) * 1e6 for name, values in samples.items()}
+    start = time.perf_counter()
+    base = driver.reserve(count * page_size)
+    samples.setdefault("reserve", []).append(time.perf_counter() - start)
+    handles: list[int] = []
+    places = [base + index * page_size for index in range(count)]
+    each("create", lambda _: handles.append(driver.create(page_size)))
+    each("map", lambda index: driver.map(places[index], handles[index], page_size))
+    each("set_access, first", lambda index: driver.set_access(places[index], page_size, Access.READ_WRITE))
+    each("unmap", lambda index: driver.unmap(places[index], page_size))
+    each("map", lambda index: driver.map(places[index], handles[index], page_size))
+    each("set_access, again", lambda index: driver.set_access(places[index], page_size, Access.READ_WRITE))
+    each("unmap", lambda index: driver.unmap(places[index], page_size))
+    each("release", lambda index: driver.release(handles[index], page_size))
+    driver.free(base, count * page_size)
 
 
 def report(page_sizes: list[int], *, json: str | None, command: str) -> None:

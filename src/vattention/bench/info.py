@@ -63,12 +63,8 @@ def _page_sizes(granularity: int, mappings: int | None) -> dict[str, dict[str, i
     sizes: dict[str, dict[str, int]] = {}
     for name in ("smollm2-135m", "llama-3-8b"):
         model = GEOMETRIES[name]
-        layout = model.layout(
-            _SLOTS, layers=model.layers, head_major=False, layers_per_stream=1, kv_together=False
-        )
-        sizes[name] = {
-            str(budget): choose_page_size(layout, budget, granularity, mappings) for budget in _BUDGETS
-        }
+        layout = model.layout(_SLOTS, layers=model.layers, head_major=False, layers_per_stream=1, kv_together=False)
+        sizes[name] = {str(budget): choose_page_size(layout, budget, granularity, mappings) for budget in _BUDGETS}
     return sizes
 
 
@@ -79,7 +75,9 @@ def _size(value: int | None, none: str) -> str:
 def _text(known: dict[str, Any]) -> str:
     version, machine, host = known["versions"], known["hardware"], known["drivers"]["host"]
     limit, memory, threads = known["limits"], known["memory"], known["threads"]
-    policy = limit["overcommit_memory"]
+    policy, cgroup = limit["overcommit_memory"], memory["cgroup_headroom"]
+    if cgroup is not None and cgroup > machine["memory_bytes"]:  # how cgroup v1 says that there is no limit
+        cgroup = None
     rows = [
         ("host driver", "ready" if host["available"] else f"not available: {host['reason']}"),
         ("CUDA driver", known["drivers"]["cuda"]["reason"]),
@@ -91,7 +89,7 @@ def _text(known: dict[str, Any]) -> str:
         ("address space (ulimit -v)", _size(limit["address_space"], "unlimited")),
         ("vm.overcommit_memory", "unknown" if policy is None else f"{policy} ({_OVERCOMMIT.get(policy, 'unknown')})"),
         ("memory the system has left", _size(memory["system_available"], "unknown")),
-        ("memory the cgroup has left", _size(memory["cgroup_headroom"], "no limit")),
+        ("memory the cgroup has left", _size(cgroup, "no limit")),
         ("CPU", f"{machine['cpu']}, {machine['cores']} cores usable"),
         ("memory", format_size(machine["memory_bytes"])),
         ("kernel", machine["kernel"]),

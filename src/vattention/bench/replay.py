@@ -94,12 +94,10 @@ def replay(cache: KVCache, requests: Sequence[Lengths], *, prefetch: bool = True
         ConfigError: a request that is longer than max_model_len, or than the budget holds when it is alone.
     """
     longest = cache.layout.max_model_len
-    for number, request in enumerate(requests, start=1):
-        if request.stored > longest:
-            raise ConfigError(f"request {number} comes to {request.stored} tokens, max_model_len is {longest}")
-    waiting = deque(
-        _Live(number, request.stored, request.prompt) for number, request in enumerate(requests, start=1)
-    )
+    waiting = deque(_Live(number, lengths.stored, lengths.prompt) for number, lengths in enumerate(requests, start=1))
+    for request in waiting:
+        if request.final > longest:
+            raise ConfigError(f"request {request.number} comes to {request.final} tokens, max_model_len is {longest}")
     running: dict[int, _Live] = {}  # by slot, in order of admission
     series = Series()
     preemptions = 0

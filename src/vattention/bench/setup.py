@@ -10,6 +10,8 @@ from vattention.engine.loading import LoadedModel
 from vattention.engine.runner import Runner
 from vattention.memory.limits import memory_headroom
 
+_BATCHED_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -19,7 +21,7 @@ class EngineOptions:
     max_num_seqs: int = 16
     kv_cache_memory: str | None = None
     page_size: str | None = None
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     head_major: bool = False
     layers_per_stream: int | None = 1
     kv_together: bool = False
@@ -56,13 +58,14 @@ def open_cache(loaded: LoadedModel, options: EngineOptions) -> KVCache:
 
 
 def open_engine(loaded: LoadedModel, cache: KVCache, runner: Runner, options: EngineOptions) -> Engine:
-    """An engine that feeds `runner` from `cache`."""
+    """An engine that feeds `runner` from `cache`. Raises ConfigError for more slots than tokens in a pass."""
+    rows = options.max_num_batched_tokens
     return Engine(
         runner,
         cache,
         vocab_size=loaded.geometry.vocab_size,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
+        max_num_batched_tokens=max(_BATCHED_TOKENS, options.max_num_seqs) if rows is None else rows,
         max_model_len=cache.layout.max_model_len,
         eos_token_ids=loaded.eos_token_ids,
     )

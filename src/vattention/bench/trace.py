@@ -63,9 +63,7 @@ def _read(path: str, lines: Iterator[list[str]]) -> Iterator[Lengths]:
             continue
         if len(row) != len(header):
             raise ConfigError(f"{path}, line {number}: {len(row)} cells under a header of {len(header)}")
-        prompt, output = (
-            _tokens(path, number, name, row[place]) for name, place in zip(columns, places, strict=True)
-        )
+        prompt, output = (_tokens(path, number, name, row[place]) for name, place in zip(columns, places, strict=True))
         yield Lengths(prompt, output)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -69,7 +69,7 @@ class Verify:
     max_num_seqs: Sequence[int] = (16,)
     layouts: Sequence[str] | None = None
     page_sizes: Sequence[str] | None = None
-    engine: EngineOptions = EngineOptions()
+    engine: EngineOptions = field(default_factory=EngineOptions)
     tie_gap: float | None = None
     logit_error: float | None = None
     attention: str = "sdpa"
@@ -98,8 +98,8 @@ class Verdict:
     Attributes:
         same: tokens before the first difference.
         tokens: tokens that the reference has.
-        gaps: at each of our tokens, the reference's largest logit after the same tokens, less that of our token: 0 where
-            we agree. Past a difference the reference is taught our tokens, so each is judged on its own.
+        gaps: at each of our tokens, the reference's largest logit after the same tokens, less that of our token: 0
+            where we agree. Past a difference the reference is taught our tokens: each is judged on its own.
         logit_difference: largest absolute difference of logits. logit_error: the same over their standard deviation.
         differs: what makes this more than a tie, or None.
     """
@@ -112,11 +112,18 @@ class Verdict:
     differs: str | None
 
     @property
+    def identical(self) -> bool:
+        """Whether every token is the reference's, and the logits are close."""
+        return self.differs is None and self.same == self.tokens
+
+    @property
     def result(self) -> str:
-        """For the table."""
+        """For the table; tokens are counted from 1."""
         if self.differs:
             return f"DIFFERENT: {self.differs}"
-        return "identical" if self.same == self.tokens else f"tie at token {self.same}, {max(self.gaps):.1e} apart"
+        if self.identical:
+            return "identical"
+        return f"tie at token {self.same + 1}, {self.gaps[self.same]:.1e} apart"
 
 
 class RecordingRunner(Runner):
@@ -142,10 +149,10 @@ def run(options: Verify) -> int:
         ConfigError: options that cannot be run, or none of several combinations that can.
     """
     check_writable(options.json)
-    tie_gap, logit_error = _tolerances(options)
     lengths = list(options.prompt_tokens or spread(options.prompts, options.longest))
     engine = options.engine
     loaded = load_model(options.model, dtype=options.dtype, max_model_len=engine.max_model_len)
+    tie_gap, logit_error = _tolerances(options, loaded.dtype)
     longest = loaded.geometry.longest_request(engine.max_model_len) - options.max_tokens
     if options.prompt_tokens is None:
         lengths = [min(length, longest) for length in lengths]
@@ -184,11 +191,11 @@ def run(options: Verify) -> int:
         if len(combinations) == 1 or any(verdict.differs for verdict in verdicts):
             print("\n" + _table(prompts, verdicts) + "\n", flush=True)
         results.append(_record(combination, page_size, seconds, verdicts))
-    run_ = [result for result in results if "skipped" not in result]
-    if not run_:
+    ran = [result for result in results if "skipped" not in result]
+    if not ran:
         raise ConfigError("none of the combinations could be run: raise --kv-cache-memory, or lower --longest")
-    failed = [result for result in run_ if not result["passed"]]
-    print(_verdict(len(run_), len(failed), len(results) - len(run_)))
+    failed = [result for result in ran if not result["passed"]]
+    print(_verdict(len(ran), len(failed), len(results) - len(ran)))
     write_json(
         options.json,
         options.command,
@@ -220,27 +227,30 @@ def judge(
     same = next((i for i in range(count) if answer.tokens[i] != ours.tokens[i]), count)
     if not count:
         return Verdict(0, len(answer.tokens), (), 0.0, 0.0, "no tokens")
-    logits = answer.logits[:count] if same == count else reference.teacher_forced(prompt, ours.tokens[:count])
+    logits = answer.logits[:count]
+    if same < count:
+        taught = reference.teacher_forced(prompt, ours.tokens[:count])
+        logits = torch.cat((logits[: same + 1], taught[same + 1 :]))
     chosen = torch.tensor(ours.tokens[:count])
     gaps = logits.max(dim=-1).values - logits.gather(1, chosen[:, None])[:, 0]
     difference = float((ours.logits[:count] - logits).abs().max())
     error = difference / float(logits.std())
-    worst = int(gaps.argmax())
+    worst = next((i for i, gap in enumerate(gaps.tolist()) if not gap <= tie_gap), None)  # so that NaN is found
     differs = None
     if len(ours.tokens) != len(answer.tokens):
         differs = f"{len(ours.tokens)} tokens for {len(answer.tokens)}"
-    elif not float(gaps[worst]) <= tie_gap:  # so that NaN differs
-        differs = f"token {worst}, {float(gaps[worst]):.1e} apart"
+    elif worst is not None:
+        differs = f"token {worst + 1}, {float(gaps[worst]):.1e} apart"
     elif not error <= logit_error:
-        differs = "logits"
+        differs = f"logits, by more than {logit_error:.1e} of their spread"
     return Verdict(same, len(answer.tokens), tuple(gaps.tolist()), difference, error, differs)
 
 
-def _tolerances(options: Verify) -> tuple[float, float]:
-    if options.dtype != "float32" and (options.tie_gap is None or options.logit_error is None):
+def _tolerances(options: Verify, dtype: torch.dtype) -> tuple[float, float]:
+    if dtype != torch.float32 and (options.tie_gap is None or options.logit_error is None):
         raise ConfigError(
-            f"in {options.dtype} the rounding of other batch shapes changes logits and so tokens, in every engine:"
-            " verify in float32, or say what to accept with --tie-gap and --logit-error"
+            f"in {str(dtype).removeprefix('torch.')} the rounding of other batch shapes changes logits and so tokens,"
+            " in every engine: verify in float32, or say what to accept with --tie-gap and --logit-error"
         )
     tie_gap = TIE_GAP if options.tie_gap is None else options.tie_gap
     return tie_gap, LOGIT_ERROR if options.logit_error is None else options.logit_error
@@ -260,12 +270,10 @@ def _combinations(options: Verify, tokens: int) -> list[Combination]:
                 **layout,
                 page_size=page,
                 max_num_seqs=slots,
-                max_num_batched_tokens=max(tokens + slots if chunk == WHOLE else chunk, slots),
+                max_num_batched_tokens=tokens + slots if chunk == WHOLE else chunk,
             ),
         )
-        for (name, layout), page, chunk, slots in product(
-            layouts.items(), pages, options.chunks, options.max_num_seqs
-        )
+        for (name, layout), page, chunk, slots in product(layouts.items(), pages, options.chunks, options.max_num_seqs)
     ]
 
 
@@ -315,7 +323,7 @@ def _answers(
 
 def _summary(verdicts: Sequence[Verdict]) -> str:
     different = sum(verdict.differs is not None for verdict in verdicts)
-    identical = sum(verdict.differs is None and verdict.same == verdict.tokens for verdict in verdicts)
+    identical = sum(verdict.identical for verdict in verdicts)
     error = max(verdict.logit_error for verdict in verdicts)
     counts = f"{identical} identical, {len(verdicts) - identical - different} ties, {different} different"
     return f"{counts}, logits within {error:.1e} of their spread"
@@ -338,12 +346,12 @@ def _table(prompts: Sequence[TestPrompt], verdicts: Sequence[Verdict]) -> str:
     return table(header, rows, left=0)
 
 
-def _verdict(run_: int, failed: int, skipped: int) -> str:
-    combinations = "" if run_ + skipped == 1 else f" in {run_ - failed} of {run_} combinations"
+def _verdict(run: int, failed: int, skipped: int) -> str:
+    """The last line: of `run` combinations that were run, `failed` failed."""
+    words = "tokens or logits differ by more than rounding" if failed else "the same greedy tokens as transformers"
+    where = f", in {failed or run} of {run} combinations" if run + skipped > 1 else ""
     left_out = f"; {skipped} skipped" if skipped else ""
-    if failed:
-        return f"FAIL: tokens or logits differ by more than rounding{f' in {failed} of {run_}' if run_ > 1 else ''}{left_out}"
-    return f"PASS: the same greedy tokens as transformers{combinations}{left_out}"
+    return f"{'FAIL' if failed else 'PASS'}: {words}{where}{left_out}"
 
 
 def _record(combination: Combination, page_size: int, seconds: float, verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -269,8 +269,8 @@ class Backing:
                 if mapped > wanted:
                     yield _Part(number, stream, wanted, mapped - wanted)
 
-    def reclaimable(self, keep: Mapping[int, int]) -> int:
-        """Pages that would be free if the whole surplus were unmapped."""
+    def reclaimable(self, keep: Mapping[int, int], copies: Iterable[_Part] = ()) -> int:
+        """Pages that would be free, or of `copies` not be needed any more, if the whole surplus were unmapped."""
         if not any(slot.shared for slot in self.slots):
             return sum(part.pages for part in self.surplus(keep))
         places: Counter[int] = Counter()
@@ -280,11 +280,18 @@ class Backing:
                 page = self.reservation.page(place)
                 if page is not None:
                     places[page] += 1
-        return sum(self.pool.references(page) == count for page, count in places.items())
+        freed = sum(self.pool.references(page) == count for page, count in places.items())
+        copied = [self.reservation.page(self._index(part)) for part in copies]
+        return freed + sum(self.pool.references(page) - places[page] == 1 for page in copied if page is not None)
 
-    def reclaimable_mappings(self) -> int:
-        """Mappings that emptying the idle slots gives back at least."""
-        return sum(sum(map(bool, slot.mapped)) for slot in self.slots if not slot.live)
+    def unused_mappings(self) -> int:
+        """Mappings that emptying the slots without tokens gives back at least."""
+        return sum(
+            self.reservation.mappings_of(self._index(_Part(number, stream, 0, 0)), pages)
+            for number, slot in enumerate(self.slots)
+            for stream, pages in enumerate(slot.mapped)
+            if pages and not slot.length
+        )
 
     def reclaim(self, goal: int, keep: Mapping[int, int]) -> None:
         """Unmap surplus until the pool has `goal` pages available: idle slots first, those with most pages first."""
@@ -298,14 +305,19 @@ class Backing:
                 short = goal - self.pool.available
                 self.release(number, tokens, at_most=-(-short // len(slot.mapped)))
 
-    def empty_idle(self, mappings: int) -> None:
-        """Empty idle slots until `mappings` mappings are free or none is left to empty."""
-        for number, slot in enumerate(self.slots):
+    def empty_unused(self, mappings: int, wanted: Iterable[int]) -> None:
+        """Empty slots without tokens until `mappings` mappings are free: idle ones, other live ones, then all `wanted`.
+
+        What a wanted slot inherited may be in more pieces than what it then gets.
+        """
+        order = sorted(set(range(len(self.slots))) - set(wanted), key=lambda number: self.slots[number].live)
+        for number in (*order, None):
             free = self.pool.driver.mappings.free
             if free is None or free >= mappings:
                 return
-            if not slot.live and any(slot.mapped):
-                self.release(number)
+            for emptied in wanted if number is None else (number,):
+                if not self.slots[emptied].length:
+                    self.release(emptied)
 
     # -- checking -------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ _WATERMARK = 0.1  # share of the budget that one reclaim aims to leave available
 class KVCache:
     """K and V of `max_num_seqs` sequences, each contiguous in virtual memory, with pages only where tokens are.
 
-    The way of a request (paper section 5, `init / alloc_reqid / step / free_reqid`):
+    The way of a request (the paper's `init / alloc_reqid / step / free_reqid`):
 
     >>> cache = KVCache(layout, memory="1GiB")
     >>> slot = cache.alloc()
@@ -106,7 +106,7 @@ class KVCache:
         """Take a slot, with length 0; None when all are live.
 
         Among the idle slots that still have pages from an earlier request, the smallest that covers `tokens` is
-        taken, or else the largest (deferred reclamation, paper section 6.1.2). Pages past a given `tokens` go back
+        taken, or else the largest (the paper's deferred reclamation). Pages past a given `tokens` go back
         to the pool.
 
         Args:
@@ -124,7 +124,7 @@ class KVCache:
             slot = self._slots[number]
             if slot.shared:  # a new request writes from 0 on, so pages that others use are of no use to it
                 self._backing.release(number)
-            elif tokens and slot.covered > tokens:
+            elif tokens:
                 self._backing.release(number, tokens)
             slot.live = True
             self._wants_idle_slot = True
@@ -204,7 +204,7 @@ class KVCache:
             plan = self._plan(wanted)
             if plan.pages:
                 self._make_room(plan, wanted)
-                self._backing.apply(plan)
+                self._backing.apply(self._plan(wanted))  # with what reclaiming changed
             for number, length in wanted.items():
                 self._slots[number].length = length
             if self.poison:
@@ -252,10 +252,10 @@ class KVCache:
         return low
 
     def prefetch(self, lengths: Mapping[int, int]) -> None:
-        """Start mapping, in the background, what `step(lengths)` will need (paper section 6.1.1).
+        """Start mapping, in the background, what `step(lengths)` will need (the paper's background allocation).
 
         Best effort: it takes pages that are free and never somebody else's, and changes no length. It also keeps the
-        first pages of one idle slot mapped, for the next request (eager allocation, section 6.1.2).
+        first pages of one idle slot mapped, for the next request (the paper's eager allocation).
 
         Raises InvalidRequest as `step` does.
         """
@@ -418,16 +418,20 @@ class KVCache:
         """The error that applying `plan` would meet, everything reclaimable counted; None when it fits."""
         mappings = self.pool.driver.mappings.free
         if mappings is not None and plan.mappings > mappings:
-            mappings += self._backing.reclaimable_mappings()
-            if plan.mappings > mappings:
+            mappings += self._backing.unused_mappings()
+            needed = plan.mappings
+            for number, length in wanted.items():
+                if not self._slots[number].length:  # counted as emptied
+                    needed += self._backing.plan_new(length).mappings - self._backing.plan(number, length).mappings
+            if needed > mappings:
                 hint = (
                     "the mapping limit is reached: use larger pages or fewer streams a slot, or raise vm.max_map_count"
                 )
-                return OutOfPages(plan.mappings, mappings, "mappings", hint)
+                return OutOfPages(needed, mappings, "mappings", hint)
         available = self.pool.available
         if plan.pages > available:
             others = sum(holder.reclaimable() for holder in self.pool.holders if holder is not self)
-            available += self._backing.reclaimable(wanted) + others
+            available += self._backing.reclaimable(wanted, plan.copies) + others
             if plan.pages > available:
                 return OutOfPages(plan.pages, available)
         return None
@@ -437,7 +441,9 @@ class KVCache:
         shortage = self._shortage(plan, wanted)
         if shortage is not None:
             raise shortage
-        self._backing.empty_idle(plan.mappings)
+        self._backing.empty_unused(plan.mappings, wanted)
+        if wanted:
+            plan = self._plan(wanted)  # what was emptied may have been inherited by one of them
         if plan.pages > self.pool.available:
             self._backing.reclaim(plan.pages + int(_WATERMARK * self.pool.budget), wanted)
             self.pool.reclaim(plan.pages - self.pool.available, asker=self)

@@ -46,7 +46,7 @@ class KVLayout:
         max_num_seqs: slots.
         max_model_len: tokens a slot can hold.
         head_major: each KV head is a stream of its own, so that a head's keys lie densely one behind the other.
-        layers_per_stream: layers that share a stream (the paper's tensor slicing, section 7.3); None for all of
+        layers_per_stream: layers that share a stream (the paper's tensor slicing); None for all of
             them. The last stream takes what is left where it does not divide num_layers.
         kv_together: K and V of a layer share a stream.
 

@@ -21,9 +21,40 @@ from vattention.attention.base import NAME, register
 from vattention.errors import ConfigError, UnsupportedModel
 
 SUPPORTED = frozenset(
-    "apertus arcee cohere cohere2 ernie4_5 exaone4 gemma glm glm4 gpt_neox granite granitemoe helium hunyuan_v1_dense"
-    " llama ministral ministral3 mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe"
-    " seed_oss smollm3 starcoder2".split()
+    {
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "glm",
+        "glm4",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+    }
 )
 """Model types that tests/engine/test_models.py compares with transformers in float32, token by token and in logits.
 

@@ -72,8 +72,9 @@ class Scheduler:
             try:
                 self._cache.step({chunk.slot: chunk.end for chunk in chunks})
             except OutOfPages as refused:
-                # A request that has just made room must not be the next to take it.
-                pass
+                # A request that has just made room must not take it back: where `fits` and `step` disagree, because
+                # the machine has less than the budget, that would go on for ever.
+                admit = False
                 if len(self.running) > 1:
                     self._preempt(self.running[-1])
                 else:
@@ -83,7 +84,7 @@ class Scheduler:
         return []
 
     def prefetch(self, chunks: list[Chunk]) -> None:
-        """Have the pages of the pass after `chunks` mapped while this one computes (paper section 6.1.1)."""
+        """Have the pages of the pass after `chunks` mapped while this one computes (paper: background allocation)."""
         ahead: dict[int, int] = {}
         for chunk in chunks:
             request = chunk.request
@@ -128,7 +129,7 @@ class Scheduler:
     def _take(chunks: list[Chunk], request: Request, room: int) -> int:
         """Add the next rows of `request`, at most `room`; return how many."""
         rows = min(request.remaining, room)
-        assert rows > 0 and request.slot is not None
+        assert request.slot is not None
         chunks.append(Chunk(request, request.slot, request.computed, request.computed + rows))
         return rows
 

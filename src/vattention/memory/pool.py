@@ -10,10 +10,11 @@ extents, as many of them are released as are created here.
 from __future__ import annotations
 
 import collections
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, SupportsIndex
 
 from vattention.errors import ConfigError, DriverError, OutOfPages
 from vattention.memory.driver import Driver
@@ -65,7 +66,8 @@ class PagePool:
         ConfigError: a page size the driver cannot map, or a budget below one page.
     """
 
-    def __init__(self, driver: Driver, page_size: int, budget: int) -> None:
+    def __init__(self, driver: Driver, page_size: SupportsIndex, budget: SupportsIndex) -> None:
+        page_size = operator.index(page_size)
         if page_size <= 0 or page_size % driver.granularity:
             raise ConfigError(f"page_size {page_size} must be a positive multiple of {driver.granularity} bytes")
         self.driver = driver
@@ -78,7 +80,6 @@ class PagePool:
         self._free_runs: dict[int, int] = {}  # first page of a free run -> pages, oldest first
         self._free_ends: dict[int, int] = {}  # page after a free run -> its first page
         self._free = 0
-        self._quarantined = 0
         self._extents = Extents(page_size)
         self._deferred: collections.deque[Callable[[], None]] = collections.deque()
         self._holders: list[weakref.ref[Holder]] = []
@@ -106,12 +107,13 @@ class PagePool:
         with self.lock:
             self._run_deferred()
             created = len(self._refs)
-            in_use = created - self._free - self._quarantined
-            return PoolStats(self._budget, created, self._free, in_use, self._quarantined)
+            quarantined = sum(self._refs[page] == references for page, references in self._stuck.items())
+            in_use = created - self._free - quarantined
+            return PoolStats(self._budget, created, self._free, in_use, quarantined)
 
     # -- taking and giving back -----------------------------------------------------------------------------------
 
-    def take(self, pages: int, *, after: int | None = None, room: int = 0) -> list[Run]:
+    def take(self, pages: SupportsIndex, *, after: int | None = None, room: SupportsIndex = 0) -> list[Run]:
         """Take `pages` pages with one reference each, in as few runs as possible.
 
         Args:
@@ -122,6 +124,7 @@ class PagePool:
             OutOfPages: the budget, or the machine, has fewer; nothing was taken.
             DriverError: creating or releasing failed; nothing was taken.
         """
+        pages, room = operator.index(pages), operator.index(room)
         if pages < 0:
             raise ValueError(f"pages must not be negative, got {pages}")
         with self.lock:
@@ -139,22 +142,35 @@ class PagePool:
             return runs
 
     def share(self, runs: Iterable[Run]) -> None:
-        """Add a reference to every page of `runs`; they must be in use."""
-        with self.lock:
-            for page in self._pages(runs):
-                self._refs[page] += 1
-
-    def drop(self, runs: Iterable[Run]) -> None:
-        """Remove a reference from every page of `runs`; a page without any is free, and stays created."""
+        """Add a reference to every page of `runs`. Raises ValueError at a run that is not in use."""
         with self.lock:
             for run in runs:
-                first = run.handle
-                for page in self._pages([run]):
+                for page in self._used_pages(run):
+                    self._refs[page] += 1
+
+    def drop(self, runs: Iterable[Run]) -> None:
+        """Remove a reference from every page of `runs`; a page without any is free, and stays created.
+
+        Raises ValueError at a run that is not in use, the runs before it dropped.
+        """
+        with self.lock:
+            for run in runs:
+                pages = self._used_pages(run)
+                first = pages.start
+                for page in pages:
                     self._refs[page] -= 1
                     if self._refs[page]:
                         self._free_run(first, page)
                         first = page + self.page_size
-                self._free_run(first, run.handle + run.pages * self.page_size)
+                self._free_run(first, pages.stop)
+
+    def _used_pages(self, run: Run) -> range:
+        """The pages of `run`, each of which must have a reference."""
+        handle, pages = run
+        used = range(handle, handle + pages * self.page_size, self.page_size)
+        if pages < 0 or not all(map(self._refs.get, used)):
+            raise ValueError(f"{pages} pages from {handle:#x} on are not all in use: share or drop what take gave, once")
+        return used
 
     def continues(self, after: int, pages: int) -> int:
         """How many of `pages` pages `take(pages, after=after)` would find right behind `after`."""
@@ -166,27 +182,25 @@ class PagePool:
     def quarantine(self, runs: Iterable[Run]) -> None:
         """A reference of each page may or may not be gone, because an unmap failed: keep the page out of use."""
         with self.lock:
-            for page in self._pages(runs):
-                self._stuck[page] = self._stuck.get(page, 0) + 1
-                self._count_quarantined(page, +1)
+            for run in runs:
+                for page in self._used_pages(run):
+                    self._stuck[page] = self._stuck.get(page, 0) + 1
 
     def recover(self, runs: Iterable[Run]) -> None:
         """What made the pages' state unknown is over: drop the reference after all."""
         with self.lock:
-            for page in self._pages(runs):
-                self._count_quarantined(page, -1)
-                self._stuck[page] -= 1
-                if not self._stuck[page]:
-                    del self._stuck[page]
-            self.drop(runs)
-
-    def _count_quarantined(self, page: int, change: int) -> None:
-        if self._stuck[page] == self._refs[page]:
-            self._quarantined += change
+            for run in runs:
+                for page in self._used_pages(run):
+                    if page not in self._stuck:
+                        raise ValueError(f"page {page:#x} is not in quarantine")
+                    self._stuck[page] -= 1
+                    if not self._stuck[page]:
+                        del self._stuck[page]
+                self.drop([run])
 
     # -- the budget -----------------------------------------------------------------------------------------------
 
-    def resize(self, budget: int) -> None:
+    def resize(self, budget: SupportsIndex) -> None:
         """Change the budget to `budget` bytes, while running.
 
         Raises:
@@ -222,10 +236,10 @@ class PagePool:
         with self.lock:
             self._holders = [weakref.ref(held) for held in (*self.holders, holder)]
 
-    def reclaim(self, pages: int, *, asker: Holder | None = None) -> None:
+    def reclaim(self, pages: SupportsIndex, *, asker: Holder | None = None) -> None:
         """Ask the holders other than `asker` until `pages` more pages are available or all were asked."""
         with self.lock:
-            goal = self.available + pages
+            goal = self.available + operator.index(pages)
             for holder in self.holders:
                 if self.available >= goal:
                     break
@@ -243,7 +257,8 @@ class PagePool:
         while self._deferred:
             self._deferred.popleft()()
 
-    def _whole_pages(self, budget: int) -> int:
+    def _whole_pages(self, budget: SupportsIndex) -> int:
+        budget = operator.index(budget)
         if budget < self.page_size:
             raise ConfigError(f"a budget of {budget} bytes does not hold one page of {self.page_size}")
         return budget // self.page_size
@@ -360,7 +375,12 @@ class PagePool:
             if not self.driver.linear or self._free < pages + (keep.pages if keep else 0):
                 raise OutOfPages(pages, self._free, hint=str(error)) from error
             self._release_free(pages, keep)
-            handle = self.meter.create(size, at, room * self.page_size)
+            try:
+                handle = self.meter.create(size, at, room * self.page_size)
+            except DriverError as again:
+                if not again.out_of_memory:
+                    raise
+                raise OutOfPages(pages, self._free, hint=str(again)) from again
         if self.driver.linear:
             if at is None:
                 self._extents.open(handle, room)

@@ -35,7 +35,7 @@ class Reservation:
         self._driver = pool.driver
         self._step = pool.page_size
         self._table: dict[int, int] = {}  # page of the range -> physical page
-        self._stuck: dict[int, int] = {}  # the same, for pages whose unmapping failed
+        self._stuck: dict[int, list[int]] = {}  # page of the range -> physical pages whose unmapping failed there
         self.mappings = 1 if self._driver.linear else 0  # the empty range is one mapping to the kernel
         self._driver.mappings.charge(self.mappings)
         try:
@@ -56,6 +56,10 @@ class Reservation:
         places = range(index, index + pages)
         return _as_runs((self._table[place] for place in places if place in self._table), self._step)
 
+    def mappings_of(self, index: int, pages: int) -> int:
+        """Mappings that unmapping [index, index + pages) would give back; negative where it leaves a hole in a run."""
+        return -self._change(index, [None] * pages)
+
     def tensor(self, offset: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor from byte `offset` on, strides in elements; it may lie over addresses with nothing behind them."""
         self._check_open()
@@ -72,10 +76,12 @@ class Reservation:
         Raises:
             DriverError, OutOfPages (of mappings): the range is as it was. Pages that could not be unmapped again are
                 in quarantine.
+            ValueError: the pages would not lie in the range. The caller keeps them.
         """
         self._check_open()
         runs = list(runs)
         pages = [page for run in runs for page in range(run.handle, run.handle + run.pages * self._step, self._step)]
+        self._check_range(index, len(pages))
         with self.pool.lock:
             self._place(index, pages, runs)
 
@@ -96,7 +102,7 @@ class Reservation:
                 mapped += run.pages
             self.pool.meter.set_access(self._at(index), mapped * self._step, Access.READ_WRITE)
         except BaseException:
-            self._driver.mappings.charge(-change)
+            self._driver.mappings.charge(-change, force=True)
             self._undo_place(index, pages[:mapped])
             self.pool.drop(_as_runs(pages[mapped:], self._step))
             raise
@@ -111,9 +117,9 @@ class Reservation:
             try:
                 self._restore(place)
             except DriverError:
-                self._stuck[place] = page
-                self.pool.quarantine([Run(page, 1)])
+                self._quarantine(place, page)
             else:
+                self._unstick(place, 1)
                 self.pool.drop([Run(page, 1)])
 
     def _restore(self, place: int) -> None:
@@ -128,6 +134,7 @@ class Reservation:
     def alias(self, source: int, index: int, pages: int) -> None:
         """Map the pages at `source` a second time, from `index` on. Raises as `map` does, with nothing changed."""
         self._check_open()
+        self._check_range(index, pages)
         with self.pool.lock:
             runs = self.runs(source, pages)
             if sum(run.pages for run in runs) != pages:
@@ -143,6 +150,7 @@ class Reservation:
                 pages are in quarantine until a later map, unmap, `settle` or `close` over the range succeeds.
         """
         self._check_open()
+        self._check_range(index, pages)
         with self.pool.lock:
             removed = {place: self._table[place] for place in range(index, index + pages) if place in self._table}
             if not removed and not any(index <= place < index + pages for place in self._stuck):
@@ -152,12 +160,12 @@ class Reservation:
             for place in removed:
                 del self._table[place]
             self.mappings += change
-            self._driver.mappings.charge(change)
+            self._driver.mappings.charge(change, force=True)  # a hole in a run is a mapping more, and still gives back
             try:
                 self.pool.meter.unmap(self._at(index), pages * self._step)
             except BaseException:
-                self._stuck.update(removed)
-                self.pool.quarantine(_as_runs(removed.values(), self._step))
+                for place, page in removed.items():
+                    self._quarantine(place, page)
                 raise
             self._unstick(index, pages)
             self.pool.drop(_as_runs(removed.values(), self._step))
@@ -210,14 +218,24 @@ class Reservation:
     def _at(self, index: int) -> int:
         return self.address + index * self._step
 
+    def _check_range(self, index: int, pages: int) -> None:
+        """The driver maps over whatever is there, so a place outside would be somebody else's memory."""
+        if index < 0 or pages < 0 or index + pages > self.size // self._step:
+            raise ValueError(f"pages {index}..{index + pages} are not all among the {self.size // self._step} reserved")
+
     def _check_open(self) -> None:
         if self.closed:
             raise InvalidRequest("this memory is closed: open a new cache")
 
+    def _quarantine(self, place: int, page: int) -> None:
+        """Nobody knows whether `place` shows `page`, nor whether it shows what got stuck there earlier."""
+        self._stuck.setdefault(place, []).append(page)
+        self.pool.quarantine([Run(page, 1)])
+
     def _unstick(self, index: int, pages: int) -> None:
         """[index, index + pages) is in a known state again: its quarantined pages are nowhere in it."""
         for place in [place for place in self._stuck if index <= place < index + pages]:
-            self.pool.recover([Run(self._stuck.pop(place), 1)])
+            self.pool.recover(Run(page, 1) for page in self._stuck.pop(place))
 
     def _change(self, index: int, pages: Sequence[int | None]) -> int:
         """How many mappings more there are with `pages` from `index` on than now."""
