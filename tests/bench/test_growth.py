@@ -27,6 +27,7 @@ def test_pages_arrive_and_the_engines_thread_makes_no_driver_call(
     for round_ in result["rounds"]["on demand"]:
         # Three slots come past 64 tokens, in six streams each.
         assert round_["grown"] == 3 * 6 * 4096
+        assert round_["driver_seconds"] > 0
         assert (round_["calls_here"], len(round_["seconds"])) == (0, 77)
         assert round_["calls_elsewhere"] == 3 * 3 * 6  # create, map, set_access
     for round_ in result["rounds"]["pre-mapped"]:
@@ -68,5 +69,9 @@ def test_bad_options_are_one_line_and_exit_code_2(
 
 
 def test_a_typical_step_keeps_what_recurs_and_loses_what_does_not() -> None:
-    rounds = [Round((1.0, 5.0, 1.0), 0, 0, 0), Round((9.0, 5.0, 1.0), 0, 0, 0), Round((1.0, 5.0, 1.5), 0, 0, 0)]
+    rounds = [
+        Round((1.0, 5.0, 1.0), 0, 0, 0, 0.0),
+        Round((9.0, 5.0, 1.0), 0, 0, 0, 0.0),
+        Round((1.0, 5.0, 1.5), 0, 0, 0, 0.0),
+    ]
     assert typical_steps(rounds) == [1.0, 5.0, 1.0]

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from support.device import DeviceDriver
 from support.mirror import Mirror, check_all
 
 from vattention.cache import KVCache, KVLayout
@@ -57,6 +58,7 @@ class Case:
     mappings: int | None
     second: bool
     poison: bool
+    device: bool
 
 
 @st.composite
@@ -67,7 +69,8 @@ def cases(draw: st.DrawFn) -> Case:
     streams = len(layout.streams)
     pages = draw(st.sampled_from([1, streams, streams + 1, full - 1, full, full + streams, 2 * full, 5 * full]))
     mappings = draw(st.sampled_from([None, None, None, streams, 3 * streams, 6 * streams]))
-    return Case(layout, page_size, max(1, pages), mappings, draw(st.booleans()), draw(st.booleans()))
+    second, poison, device = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([False, False, True]))
+    return Case(layout, page_size, max(1, pages), mappings, second, poison, device)
 
 
 executed: Counter[str] = Counter()
@@ -84,7 +87,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(case=cases())
     def open(self, case: Case) -> None:
         self.case = case
-        self.driver = HostDriver()
+        self.driver = DeviceDriver(case.page_size) if case.device else HostDriver()
         # A limit of this world's own: other tests' mappings are none of its business. Two for the empty ranges.
         self.driver.mappings = MappingBudget(None if case.mappings is None else case.mappings + 2)
         self.pool = PagePool(self.driver, case.page_size, case.pages * case.page_size)

@@ -29,21 +29,30 @@ class Fault(NamedTuple):
 class FaultyDriver:
     """Passes everything on to `driver`, but for the calls that `fault` names.
 
+    Args:
+        memory: bytes that the machine has; create fails past that. None for no such limit.
+
     Attributes:
         history: the verbs called so far, failing ones included.
         failures: how many of them failed on purpose.
         at_close: bytes of physical memory that the driver held when it was closed.
     """
 
-    def __init__(self, driver: Driver | None = None, fault: Fault | None = None) -> None:
+    def __init__(self, driver: Driver | None = None, fault: Fault | None = None, memory: int | None = None) -> None:
         self.driver = driver
         self.fault = fault
+        self.memory = memory
         self.history: list[str] = []
         self.failures = 0
         self.at_close: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.driver, name)
+
+    @property
+    def broken(self) -> bool:
+        """Whether undoing fails too, once something has failed."""
+        return self.fault is not None and self.fault.onwards
 
     def repair(self) -> None:
         """From now on everything works."""
@@ -69,6 +78,8 @@ class FaultyDriver:
         self._call("free", address, size)
 
     def create(self, size: int, at: int | None = None, room: int = 0) -> int:
+        if self.memory is not None and self.driver.physical_bytes + size > self.memory:
+            raise DriverError("create", errno.ENOMEM, "the machine is full", out_of_memory=True)
         return self._call("create", size, at, room)
 
     def release(self, handle: int, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 _LINE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ \d+ *(.*)$", re.MULTILINE)
@@ -30,21 +31,25 @@ def read_maps() -> str:
 
 
 def mappings(address: int, size: int, maps: str | None = None) -> list[Mapping]:
-    """The mappings that overlap [address, address + size), in order."""
+    """The mappings that overlap [address, address + size), in order, cut to it."""
     found = []
     for match in _LINE.finditer(read_maps() if maps is None else maps):
         start, end = int(match[1], 16), int(match[2], 16)
         if start < address + size and address < end:
-            found.append(Mapping(start, end, match[3], int(match[4], 16), match[5]))
+            offset = int(match[4], 16) + max(0, address - start)
+            found.append(Mapping(max(start, address), min(end, address + size), match[3], offset, match[5]))
     return found
 
 
-def mapped_pages(address: int, size: int, page_size: int, maps: str | None = None) -> dict[int, int]:
-    """Page of the range -> physical page behind it, as the kernel has it. Every one must be readable and writable."""
+def page_table(
+    mappings: Iterable[Mapping], address: int, page_size: int, *, unreadable: Container[int] = ()
+) -> dict[int, int]:
+    """Page from `address` on -> physical page behind it. All must be readable and writable, but for `unreadable`."""
     table = {}
-    for mapping in mappings(address, size, maps):
+    for mapping in mappings:
         if mapping.is_pages:
-            assert mapping.protection == "rw-s", f"{mapping.protection} at {mapping.start:#x}"
-            for place in range(max(mapping.start, address), min(mapping.end, address + size), page_size):
-                table[(place - address) // page_size] = mapping.offset + place - mapping.start
+            for byte in range(mapping.start, mapping.end, page_size):
+                place = (byte - address) // page_size
+                assert mapping.protection == "rw-s" or place in unreadable, f"{mapping.protection} at page {place}"
+                table[place] = mapping.offset + byte - mapping.start
     return table

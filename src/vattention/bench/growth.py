@@ -45,7 +45,7 @@ class GrowthBench:
     requests: int = 8
     prompt_tokens: int = 128
     output_tokens: int = 128
-    rounds: int = 5
+    rounds: int = 7
     seed: int = 0
     max_overhead: float = 0.02
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -61,12 +61,14 @@ class Round:
         seconds: of each decode step.
         calls_here, calls_elsewhere: driver calls meanwhile, on the engine's thread and on others.
         grown: bytes created meanwhile.
+        driver_seconds: in those calls.
     """
 
     seconds: tuple[float, ...]
     calls_here: int
     calls_elsewhere: int
     grown: int
+    driver_seconds: float
 
 
 def run(options: GrowthBench) -> int:
@@ -134,17 +136,23 @@ def _decode(engine: Engine, cache: KVCache, prompts: Sequence[Sequence[int]], ou
         cache.step(lengths)  # a rollback: the pages stay
     engine.step()
     cache.wait()
-    before, created = _calls(cache), cache.stats().created
+    before, stats = _calls(cache), cache.stats()
     seconds = []
     for _ in range(outputs - _OTHER_STEPS):
         start = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - start)
     cache.wait()
-    after, grown = _calls(cache), cache.stats().created - created
+    after, then = _calls(cache), cache.stats()
     while engine.unfinished:
         engine.step()
-    return Round(tuple(seconds), after[0] - before[0], after[1] - before[1], grown)
+    return Round(
+        tuple(seconds),
+        after[0] - before[0],
+        after[1] - before[1],
+        then.created - stats.created,
+        then.driver_seconds - stats.driver_seconds,
+    )
 
 
 def _calls(cache: KVCache) -> tuple[int, int]:
@@ -222,9 +230,15 @@ def _table(sides: dict[str, list[Round]], typical: dict[str, list[float]]) -> st
         ("fastest and slowest round, s", *of_rounds(_extremes)),
         ("driver calls, engine's thread", *of_rounds(lambda rounds: sum(round_.calls_here for round_ in rounds))),
         ("driver calls, background", *of_rounds(lambda rounds: sum(round_.calls_elsewhere for round_ in rounds))),
+        ("driver time over decode time", *of_rounds(_driver_share)),
         ("created while decoding, a round", *of_rounds(lambda rounds: format_size(rounds[-1].grown))),
     ]
     return table(("", *sides), rows)
+
+
+def _driver_share(rounds: Sequence[Round]) -> str:
+    spent = sum(round_.driver_seconds for round_ in rounds)
+    return f"{spent / sum(sum(round_.seconds) for round_ in rounds):.2%}"
 
 
 def _extremes(rounds: Sequence[Round]) -> str:

@@ -83,9 +83,12 @@ class Backing:
         self._bytes = self.reservation.tensor(0, (layout.size,), (1,), torch.uint8)
 
     def close(self) -> None:
-        """Give every page back, and the addresses once the last tensor over them dies. Raises DriverError."""
+        """Give every page back, and the addresses once the last tensor over them dies.
+
+        Raises DriverError; there are no slots any more, and closing again tries again.
+        """
+        self.slots.clear()  # also because the pool asks a closed cache for pages, as long as somebody holds on to it
         self.reservation.close()
-        self.slots.clear()  # the pool may ask a closed cache for pages, as long as somebody holds on to it
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     # -- planning -------------------------------------------------------------------------------------------------
@@ -270,10 +273,13 @@ class Backing:
                     yield _Part(number, stream, wanted, mapped - wanted)
 
     def reclaimable(self, keep: Mapping[int, int], copies: Iterable[_Part] = ()) -> int:
-        """Pages that would be free, or of `copies` not be needed any more, if the whole surplus were unmapped."""
-        if not any(slot.shared for slot in self.slots):
+        """Pages that would be free, or of `copies` not be needed any more, if the whole surplus were unmapped.
+
+        Quarantined pages count too: what reclaims them tries once more.
+        """
+        if self.reservation.settled and not any(slot.shared for slot in self.slots):
             return sum(part.pages for part in self.surplus(keep))
-        places: Counter[int] = Counter()
+        places = Counter(self.reservation.quarantined())
         for part in self.surplus(keep):
             index = self._index(part)
             for place in range(index, index + part.pages):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -171,8 +171,8 @@ class KVCache:
                 self._backing.release(target)
             self._backing.reservation.settle()
             tokens = self._slots[source].length
-            self._make_room(self._plan_fork(tokens), {})
-            self._backing.fork(source, target)
+            plan = self._make_room(self._plan_fork(tokens), {})
+            self._insist(lambda: self._backing.fork(source, target), plan.pages, {})
             self._slots[target].live = True
             self._slots[target].length = tokens
             return target
@@ -203,8 +203,8 @@ class KVCache:
                 self._backing.reservation.settle()
             plan = self._plan(wanted)
             if plan.pages:
-                self._make_room(plan, wanted)
-                self._backing.apply(self._plan(wanted))  # with what reclaiming changed
+                plan = self._make_room(plan, wanted)
+                self._insist(lambda: self._backing.apply(self._plan(wanted)), plan.pages, wanted)
             for number, length in wanted.items():
                 self._slots[number].length = length
             if self.poison:
@@ -262,19 +262,23 @@ class KVCache:
         with self._owned():
             wanted = self._checked(lengths)
             short = {number: length for number, length in wanted.items() if length > self._slots[number].covered}
+            self._growing = None
             if short or self._wants_idle_slot:
                 self._growing = self._mapper.submit(self._grow, short)
 
     def wait(self) -> None:
-        """Join background growth. Raises the DriverError it ended in, if it did; step would try the same again."""
+        """Join background growth. Raises the DriverError it ended in, once; step would try the same again."""
         self._check_open()
         growing = self._join()
+        self._growing = None
         if growing is not None and (error := growing.exception()):
             raise error
 
     def _grow(self, wanted: Mapping[int, int]) -> None:
         try:
             with self.pool.lock:
+                if self.closed:
+                    return
                 for number, length in wanted.items():
                     self._grow_slot(number, length)
                 self._map_idle_slot()
@@ -295,11 +299,11 @@ class KVCache:
 
     def _map_idle_slot(self) -> None:
         """Have one idle slot with pages, where that leaves the pool above its watermark."""
-        self._wants_idle_slot = False
         idle = [number for number, slot in enumerate(self._slots) if not slot.live]
         spare = self.pool.available - _WATERMARK * self.pool.budget
         if idle and not any(self._slots[number].covered for number in idle) and spare > len(self.layout.streams):
             self._grow_slot(idle[0], 1)
+        self._wants_idle_slot = False
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -311,11 +315,12 @@ class KVCache:
         Raises:
             InvalidRequest: there is no such layer.
         """
+        views = self._views
         self._check_open()
         number = operator.index(index)
         if not 0 <= number < self.layout.num_layers:
             raise InvalidRequest(f"layer {number} is not one of the {self.layout.num_layers} layers")
-        k, v = self._views[number]
+        k, v = views[number]
         return k, v
 
     def trim(self) -> int:
@@ -336,7 +341,10 @@ class KVCache:
 
     def reclaim(self, pages: int) -> None:
         """Unmap idle pages until `pages` more are available in the pool. For the pool, as `reclaimable`."""
-        self._backing.reclaim(self.pool.available + pages, {})
+        goal = self.pool.available + operator.index(pages)
+        if not self._backing.reservation.settled:  # what an earlier failure put in quarantine comes first
+            self._backing.reservation.settle()
+        self._backing.reclaim(goal, {})
 
     def stats(self) -> CacheStats:
         """Numbers of one moment. Safe from any thread."""
@@ -370,16 +378,18 @@ class KVCache:
         """Give the physical memory back now, and the addresses when the last tensor over them dies. Idempotent.
 
         Raises:
-            DriverError: the driver failed; closing again tries again.
+            DriverError: the driver failed; no slot is live any more, and closing again tries again.
         """
         if not self._closer.alive:
             return
         if os.getpid() == self._owner:
             self._join()
-            _close(self._backing, self.pool, self._own_driver)
-            self._mapper.shutdown()
+            with self.pool.lock:
+                _close(self._backing, self.pool, self._own_driver)
+                self._closer.detach()
+            self._mapper.shutdown()  # outside the lock, which growth of the last moment waits for
         self._closer.detach()
-        self._views.clear()
+        self._views = []
 
     @property
     def closed(self) -> bool:
@@ -436,8 +446,11 @@ class KVCache:
                 return OutOfPages(plan.pages, available)
         return None
 
-    def _make_room(self, plan: Plan, wanted: Mapping[int, int]) -> None:
-        """Reclaim until `plan` can be applied, and then some. Raises OutOfPages, having reclaimed nothing."""
+    def _make_room(self, plan: Plan, wanted: Mapping[int, int]) -> Plan:
+        """Reclaim until `plan`, or the one this returns instead, can be applied, and then some.
+
+        Raises OutOfPages, having reclaimed nothing.
+        """
         shortage = self._shortage(plan, wanted)
         if shortage is not None:
             raise shortage
@@ -447,6 +460,20 @@ class KVCache:
         if plan.pages > self.pool.available:
             self._backing.reclaim(plan.pages + int(_WATERMARK * self.pool.budget), wanted)
             self.pool.reclaim(plan.pages - self.pool.available, asker=self)
+        return plan
+
+    def _insist(self, work: Callable[[], None], pages: int, keep: Mapping[int, int]) -> None:
+        """Do `work`, which takes `pages` pages. Where the machine has less than the budget, reclaim that much first."""
+        try:
+            work()
+        except OutOfPages:
+            free = self.pool.stats().free
+            goal = self.pool.available + pages
+            self._backing.reclaim(goal, keep)
+            self.pool.reclaim(goal - self.pool.available, asker=self)
+            if self.pool.stats().free == free:
+                raise
+            work()
 
     def _checked(self, lengths: Mapping[int, int]) -> dict[int, int]:
         if not isinstance(lengths, Mapping):

@@ -189,7 +189,7 @@ def _add_bench_growth(to: Any) -> None:
     add("--requests", type=int, metavar="N", help="that decode together (8)")
     add("--prompt-tokens", type=int, metavar="N", help="of each (128)")
     add("--output-tokens", type=int, metavar="N", help="of each (128)")
-    add("--rounds", type=int, metavar="N", help="of each side (5)")
+    add("--rounds", type=int, metavar="N", help="of each side (7)")
     add("--seed", type=int, metavar="N", help="of the prompts (0)")
     add("--max-overhead", type=float, metavar="X", help="share of decode time that growth may cost (0.02)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 or auto (auto)")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -82,8 +83,9 @@ class Reservation:
         runs = list(runs)
         pages = [page for run in runs for page in range(run.handle, run.handle + run.pages * self._step, self._step)]
         self._check_range(index, len(pages))
-        with self.pool.lock:
-            self._place(index, pages, runs)
+        if pages:
+            with self.pool.lock:
+                self._place(index, pages, runs)
 
     def _place(self, index: int, pages: list[int], runs: list[Run]) -> None:
         change = self._change(index, pages)
@@ -170,6 +172,10 @@ class Reservation:
             self._unstick(index, pages)
             self.pool.drop(_as_runs(removed.values(), self._step))
 
+    def quarantined(self) -> Iterator[int]:
+        """The physical pages whose unmapping failed, once for every place. `settle` may set them free."""
+        return itertools.chain.from_iterable(self._stuck.values())
+
     @property
     def settled(self) -> bool:
         """Whether every place is in the state its page table says."""
@@ -204,10 +210,15 @@ class Reservation:
         with self.pool.lock:
             if self._table or self._stuck:
                 self._driver.fence()
-                self.pool.meter.unmap(self.address, self.size)
-            self._unstick(0, self.size // self._step)
-            self.pool.drop(_as_runs(self._table.values(), self._step))
-            self._table.clear()
+                removed, self._table = self._table, {}
+                try:
+                    self.pool.meter.unmap(self.address, self.size)
+                except BaseException:
+                    for place, page in removed.items():
+                        self._quarantine(place, page)
+                    raise
+                self._unstick(0, self.size // self._step)
+                self.pool.drop(_as_runs(removed.values(), self._step))
             self.pool.meter.free(self.address, self.size)
             self._driver.mappings.charge(-self.mappings)
             self.mappings = 0
