@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from support import kernel
 from support.device import DeviceDriver
 from support.faults import Fault, FaultyDriver
 from support.mirror import Mirror, check_pool
-
 from vattention.cache import KVCache, KVLayout, kv_cache
 from vattention.errors import OutOfPages, VAttentionError
 from vattention.memory import HostDriver, PagePool

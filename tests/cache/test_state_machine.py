@@ -11,13 +11,21 @@ import dataclasses
 import os
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
 from support.device import DeviceDriver
 from support.mirror import Mirror, check_all
-
 from vattention.cache import KVCache, KVLayout
 from vattention.errors import ConfigError, OutOfPages
 from vattention.memory import HostDriver, MappingBudget, PagePool, Run
@@ -75,6 +83,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 executed: Counter[str] = Counter()
 """Calls of each rule, all examples together."""
+outcomes: Counter[str] = Counter()
+"""How often they came out in the ways that matter."""
 
 slots = st.integers(0, 5)
 changes = st.one_of(st.integers(-3, 6), st.integers(-100, 100))
@@ -141,9 +151,9 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             forked = mirror.fork(number)
         except OutOfPages:
-            executed["fork without pages"] += 1
+            outcomes["fork without pages"] += 1
         else:
-            executed["forked"] += forked is not None
+            outcomes["forked"] += forked is not None
             assert self.pool.stats().created - before.created <= len(self.case.layout.streams)
 
     # -- growth
@@ -176,9 +186,13 @@ class CacheMachine(RuleBasedStateMachine):
         return {number: self._clamped(len(mirror.tokens[number]) + change) for number, change in numbers}
 
     def _step(self, mirror: Mirror, lengths: dict[int, int]) -> None:
-        executed["refused" if not mirror.step_as_foreseen(lengths) else "succeeded"] += 1
+        outcomes["step" if mirror.step_as_foreseen(lengths) else "step without pages"] += 1
 
-    @rule(which=slots, new=st.lists(st.tuples(st.one_of(slots, lengths), st.booleans()), min_size=1, max_size=3), grow=slots)
+    @rule(
+        which=slots,
+        new=st.lists(st.tuples(st.one_of(slots, lengths), st.booleans()), min_size=1, max_size=3),
+        grow=slots,
+    )
     def admit(self, which: int, new: list[tuple[int, bool]], grow: int) -> None:
         """What `fits` says of new slots is what alloc and step then do, with and without hints."""
         executed["admit"] += 1
@@ -201,7 +215,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert not fits, f"fits said yes, and step said {error}"
             else:  # of mappings `fits` knows an upper bound only, and slots taken over may need fewer
                 assert fits or self.case.mappings is not None
-                executed["admitted"] += 1
+                outcomes["admitted"] += 1
                 return
         for slot in allocated:
             mirror.free(slot)
@@ -308,15 +322,21 @@ class CacheMachine(RuleBasedStateMachine):
         self.driver.close()
 
 
+@pytest.mark.timeout(0 if TEST_ALL else 300)
 def test_every_call_keeps_the_invariants():
     chosen = settings(
-        max_examples=STEPS // 200,
+        max_examples=STEPS // 140,  # some examples end early
         stateful_step_count=200,
         derandomize=not TEST_ALL,
         phases=(Phase.generate, Phase.shrink),  # explaining a failure would trace every line
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    executed.clear()
     run_state_machine_as_test(CacheMachine, settings=chosen)
-    print(dict(executed))
+    print(dict(executed), dict(outcomes))
+    assert sum(executed.values()) >= STEPS
+    rules = {rule.function.__name__ for rule in CacheMachine.rules()}
+    assert set(executed) == rules
+    assert min(executed.values()) >= STEPS // 100
+    for outcome in ("step", "step without pages", "forked", "fork without pages", "admitted"):
+        assert outcomes[outcome] >= STEPS // 400, f"{outcome}: the worlds are not tight enough, or too tight"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -86,9 +85,7 @@ class DeviceDriver:
         self.host.set_access(address, size, access)
         self.accessible.update(pages)
 
-    def tensor(
-        self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
-    ) -> torch.Tensor:
+    def tensor(self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self.host.tensor(address, shape, strides, dtype)
 
     def fence(self) -> None: ...
@@ -109,5 +106,3 @@ class DeviceDriver:
         assert size > 0
         assert size % self.granularity == 0
         return range(address, address + size, self.granularity)
-
-

@@ -121,7 +121,9 @@ class Mirror:
                 shown, expected = view[slot, kept], self._values(serials, codes)
                 if not np.array_equal(shown, expected):
                     wrong = np.nonzero((shown != expected).any(axis=(1, 2)))[0].tolist()
-                    raise AssertionError(f"slot {slot}, layer {number // 2}, {'kv'[number % 2]}: tokens {wrong} changed")
+                    raise AssertionError(
+                        f"slot {slot}, layer {number // 2}, {'kv'[number % 2]}: tokens {wrong} changed"
+                    )
             compared += len(serials)
         return compared
 

@@ -22,6 +22,7 @@ from vattention.memory.extents import Extents
 from vattention.memory.meter import Meter
 
 _CANDIDATES = 64  # free runs looked at before a new extent is opened
+_SPARE_SHARE = 16  # creating releases free pages beyond this part of the budget, so that they do not pile up
 
 
 class Run(NamedTuple):
@@ -169,7 +170,9 @@ class PagePool:
         handle, pages = run
         used = range(handle, handle + pages * self.page_size, self.page_size)
         if pages < 0 or not all(map(self._refs.get, used)):
-            raise ValueError(f"{pages} pages from {handle:#x} on are not all in use: share or drop what take gave, once")
+            raise ValueError(
+                f"{pages} pages from {handle:#x} on are not all in use: share or drop what take gave, once"
+            )
         return used
 
     def continues(self, after: int, pages: int) -> int:
@@ -366,7 +369,8 @@ class PagePool:
         `keep`: free pages behind the run that the caller is about to use.
         """
         size = pages * self.page_size
-        self._release_free(max(0, len(self._refs) + pages - self._budget), keep)
+        piled = min(pages, self._free - self._budget // _SPARE_SHARE - (keep.pages if keep else 0))
+        self._release_free(max(0, len(self._refs) + pages - self._budget, piled), keep)
         try:
             handle = self.meter.create(size, at, room * self.page_size)
         except DriverError as error:
