@@ -1,4 +1,4 @@
-"""Invariants 3 and 4 when the driver fails: every driver call of a scripted run fails once, and so does every later one.
+"""Invariants 3 and 4 when the driver fails: every driver call of a script fails once, and so does every later one.
 
 The script goes through everything that calls the driver. After each failure the live slots must be as they were, token
 by token; when the driver works again, so must the same call, and nothing may be lost: not a page, not a mapping.

@@ -335,8 +335,7 @@ def test_every_call_keeps_the_invariants():
     run_state_machine_as_test(CacheMachine, settings=chosen)
     print(dict(executed), dict(outcomes))
     assert sum(executed.values()) >= STEPS
-    rules = {rule.function.__name__ for rule in CacheMachine.rules()}
-    assert set(executed) == rules
+    assert set(executed) == {name for name, method in vars(CacheMachine).items() if "hypothesis_stateful_rule" in dir(method)}
     assert min(executed.values()) >= STEPS // 100
     for outcome in ("step", "step without pages", "forked", "fork without pages", "admitted"):
         assert outcomes[outcome] >= STEPS // 400, f"{outcome}: the worlds are not tight enough, or too tight"

@@ -1,6 +1,6 @@
 """The seam to physical memory: the verbs of the CUDA virtual memory API, as one small Protocol.
 
-Sources: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html; vAttention, arXiv 2405.04437, on the cost of each call.
+Sources: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html; arXiv 2405.04437 on the cost of each call.
 """
 
 from __future__ import annotations
