@@ -325,7 +325,7 @@ class CacheMachine(RuleBasedStateMachine):
 @pytest.mark.timeout(0 if TEST_ALL else 300)
 def test_every_call_keeps_the_invariants():
     chosen = settings(
-        max_examples=STEPS // 140,  # some examples end early
+        max_examples=STEPS // 160,  # most examples have the full 200 steps, some end early
         stateful_step_count=200,
         derandomize=not TEST_ALL,
         phases=(Phase.generate, Phase.shrink),  # explaining a failure would trace every line
@@ -335,7 +335,9 @@ def test_every_call_keeps_the_invariants():
     run_state_machine_as_test(CacheMachine, settings=chosen)
     print(dict(executed), dict(outcomes))
     assert sum(executed.values()) >= STEPS
-    assert set(executed) == {name for name, method in vars(CacheMachine).items() if "hypothesis_stateful_rule" in dir(method)}
-    assert min(executed.values()) >= STEPS // 100
+    assert set(executed) == {
+        name for name, method in vars(CacheMachine).items() if "hypothesis_stateful_rule" in dir(method)
+    }
+    assert min(executed.values()) >= STEPS // 400
     for outcome in ("step", "step without pages", "forked", "fork without pages", "admitted"):
-        assert outcomes[outcome] >= STEPS // 400, f"{outcome}: the worlds are not tight enough, or too tight"
+        assert outcomes[outcome] >= STEPS // 1000, f"{outcome}: the worlds are not tight enough, or too tight"
