@@ -11,20 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.models import (
+    COMMON,
     OPTIONS,
     TOLERANCE,
     WINDOW,
     Recorder,
     as_transformers,
     engine_for,
+    features_of,
     loaded,
     one_pass,
     prompts_of,
     relative_error,
     run,
+    shared,
     teacher_forced,
     tiny_model,
     watching,
@@ -84,21 +86,6 @@ def compare(model: Any, engine: Any, requests: list[Request]) -> None:
 def expected(model: Any, prompt: tuple[int, ...], output: tuple[int, ...]) -> torch.Tensor:
     with as_transformers(model):
         return teacher_forced(model, prompt, output)
-
-
-@functools.cache
-def shared(model_type: str) -> Any:
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        pytest.skip(f"this transformers has no {model_type}")
-    return tiny_model(model_type)
-
-
-@functools.cache
-def features_of(model_type: str) -> frozenset[str]:
-    """What the layers of a small model of this type ask of attention."""
-    seen: set[str] = set()
-    one_pass(shared(model_type), PROMPTS[2], watching(seen))
-    return frozenset(seen)
 
 
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
@@ -182,11 +169,6 @@ def test_a_batch_whose_requests_see_each_other_would_be_seen() -> None:
 
 # -- every way to run, for the types most people have -----------------------------------------------------------------
 
-COMMON = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "gpt2"),
-    *("starcoder2", "granite", "smollm3", "mixtral", "qwen3_moe", "gpt_oss"),
-    *("mimo_v2_flash", "gemma4_text", "deepseek_v3"),  # layers of different shapes
-)
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {"max_num_seqs": 1, "max_num_batched_tokens": 256},
     "ragged batch": {"max_num_batched_tokens": 256},

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vattention.attention import choose
 from vattention.attention.base import NAME, Attend, AttentionBatch, Features, Kernel, Segment, register
@@ -130,6 +132,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "youtu": _LATENT,
 }
 """What a type can do and its defaults leave off, or what it needs to be built small."""
+
+COMMON = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "gpt2"),
+    *("starcoder2", "granite", "smollm3", "mixtral", "qwen3_moe", "gpt_oss"),
+    *("mimo_v2_flash", "gemma4_text", "deepseek_v3"),  # layers of different shapes
+)
+"""The types that are compared in every way to run."""
 
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -307,6 +316,22 @@ def watching(seen: set[str], **changes: Any) -> Kernel:
         return watched
 
     return kernel
+
+
+@functools.cache
+def shared(model_type: str) -> Any:
+    """The `tiny_model` of this type, made once a session. Skips the test where transformers has no such type."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    return tiny_model(model_type)
+
+
+@functools.cache
+def features_of(model_type: str) -> frozenset[str]:
+    """What the layers of a small model of this type ask of attention."""
+    seen: set[str] = set()
+    one_pass(shared(model_type), prompts_of(40)[0], watching(seen))
+    return frozenset(seen)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
