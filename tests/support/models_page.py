@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import __version__
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.models import COMMON, features_of
@@ -22,8 +23,8 @@ _HEAD = """# Models
 The engine runs the model definitions of transformers unmodified and replaces their attention. An architecture is
 accepted when a small random model of it, made so that a mistake would show, gives the same logits (to 1e-4 of their
 spread, in float32) and the same greedy tokens as transformers. Everything else is refused with the reason, before any
-weight is loaded. The counts below are of transformers {version}: {accepted} architectures accepted and {refused}
-refused.
+weight is loaded. Of the causal language models of transformers {version}, {accepted} are accepted and {refused}
+refused; {aliases} is configured as one of the others.
 
 Configurations of an accepted architecture are refused where they ask for more than was compared: RoPE of kind
 "dynamic" or "longrope" (its frequencies depend on the longest request of a batch), layers with other than full or
@@ -58,9 +59,12 @@ window, where it changes nothing, and refused beyond.
 
 def page() -> str:
     """The text of docs/models.md."""
-    here = {kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in REFUSED}
+    types = {kind: CONFIG_MAPPING[kind].model_type for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    here = {kind for kind in types if kind in REFUSED}
     known = {kind: name for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind in ACCEPTED}
-    head = _HEAD.format(version=__version__, accepted=len(known), refused=len(here))
+    accepted = sum(model_type in ACCEPTED for model_type in types.values())
+    aliases = ", ".join(kind for kind in types if kind not in here and kind not in known)
+    head = _HEAD.format(version=__version__, accepted=accepted, refused=len(types) - accepted, aliases=aliases)
     kinds = "`, `".join(sorted(WINDOW_IN_MASK))
     return head + "".join(_accepted(known)) + _MASK.format(kinds=kinds) + "".join(_refused(here))
 
