@@ -234,3 +234,14 @@ def test_unmapped_tokens_are_not_touched(kernel: str) -> None:
         # Equal keys: every row is the mean of the values it may see.
         expected = [row / 2 for row in range(16)] + [(40 + row) / 2 for row in range(8)]
         torch.testing.assert_close(out[:, 0, 0], torch.tensor(expected))
+
+
+def test_a_sink_far_above_the_scores_takes_all_the_weight() -> None:
+    """Its exponential overflows in float32, which must end as weights of 0 and not as NaN."""
+    segments, query, keys, values = random_case(6, 2, torch.float32)
+    attend = blocked.prepare(segments, dtype=torch.float32, device=query.device)
+    sinks = torch.tensor([300.0, -300.0] * 3)
+    out = attend(query, keys, values, Features(0.5, sinks=sinks))
+    assert not out[:, ::2].any()
+    plain = attend(query, keys, values, Features(0.5))
+    torch.testing.assert_close(out[:, 1::2], plain[:, 1::2])

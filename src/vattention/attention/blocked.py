@@ -77,9 +77,8 @@ def _hide(scores: torch.Tensor, own: int, window: int | None) -> None:
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Over the last dimension, in place; `sinks` `[kv_heads, group, 1, 1]` are one more score that gets no column."""
+    # The sink need not count for the maximum: where its exponential overflows, every weight is 0 in float32 anyway.
     top = scores.amax(-1, keepdim=True)
-    if sinks is not None:
-        top = torch.maximum(top, sinks)
     total = scores.sub_(top).exp_().sum(-1, keepdim=True)
     if sinks is not None:
         total += (sinks - top).exp_()
