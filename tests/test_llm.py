@@ -361,7 +361,7 @@ def test_options_of_the_wrong_type(tiny: LoadedModel, name: str) -> None:
 
 
 def test_a_shared_model_is_judged_again_for_its_window() -> None:
-    model = loaded(tiny_model("mistral", sliding_window=100))
+    model = loaded(tiny_model("qwen2_moe", sliding_window=100))
     with pytest.raises(UnsupportedModel, match="pass max_model_len=100"):
         LLM(model)
     with LLM(model, max_model_len=100, kv_cache_memory="4MiB") as llm:

@@ -50,6 +50,7 @@ class LLM:
         cache: "virtual".
         enable_prefix_caching, compile: not built yet.
         seed: of requests whose `SamplingParams` have none.
+        trust_remote_code: see `load_model`.
         max_num_batched_tokens: tokens in one forward pass; longer prompts are computed in chunks.
         head_major, layers_per_stream, kv_together: the layout, see `KVLayout`.
         guard: make a read outside mapped memory crash. For tests.
@@ -74,6 +75,7 @@ class LLM:
         enable_prefix_caching: bool = False,
         compile: bool = False,
         seed: int = 0,
+        trust_remote_code: bool = False,
         max_num_batched_tokens: int | None = None,
         head_major: bool = False,
         layers_per_stream: int | None = 1,
@@ -101,13 +103,10 @@ class LLM:
             if parse_dtype(dtype) not in (None, loaded.dtype):
                 raise ConfigError(f"the model was loaded in {loaded.dtype}, not {dtype}")
         else:
-            loaded = load_model(model, dtype=dtype, max_model_len=max_model_len)
+            loaded = load_model(model, dtype=dtype, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
         shape = loaded.geometry
         max_model_len = shape.longest_request(max_model_len)
-        layout = KVLayout(
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_dim,
+        layout = shape.layout(
             loaded.dtype,
             max_num_seqs,
             max_model_len,
@@ -244,7 +243,7 @@ class LLM:
         capacity, stats = self._cache.capacity(), self._cache.stats()
         sys.stderr.write(
             f"vattention: {format_size(self._loaded.weight_bytes)} of weights"
-            f" ({str(self._loaded.dtype).removeprefix('torch.')});"
+            f" ({str(self._loaded.dtype).removeprefix('torch.')}{_origin(self._loaded)});"
             f" KV cache: {format_size(stats.reserved)} reserved for {layout.max_num_seqs} x {layout.max_model_len}"
             f" tokens, {format_size(budget)} physical budget, {capacity} tokens fit\n"
         )
@@ -254,6 +253,12 @@ class LLM:
                 ' that outgrows it ends with finish_reason "length"; raise kv_cache_memory or lower max_model_len',
                 stacklevel=3,
             )
+
+
+def _origin(loaded: LoadedModel) -> str:
+    """That the weights were quantised, and what keeping them dequantised costs."""
+    size = loaded.dequantised_from
+    return "" if size is None else f", dequantised from {format_size(size)} of GGUF"
 
 
 def _run(engine: Engine, requests: Sequence[Request], use_tqdm: bool) -> None:

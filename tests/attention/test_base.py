@@ -1,14 +1,14 @@
 """The door to transformers: what a batch must look like, and what is refused because it would change the answer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from support.models import SIZES, tiny_model
-from vattention.attention import sdpa
-from vattention.attention.base import NAME, AttentionBatch, Segment, attention_forward, register
+from vattention.attention import choose, sdpa
+from vattention.attention.base import Attend, AttentionBatch, Features, Segment, attention_forward
 from vattention.errors import InvalidRequest, UnsupportedModel
 
 HEADS, KV_HEADS, DIM = 6, 2, 8
@@ -76,9 +76,11 @@ def test_segments_that_make_no_batch(segments: list[Segment]) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("sliding_window", 19),
-        ("softcap", 30.0),
-        ("s_aux", torch.zeros(HEADS)),
+        ("sliding_window", 0),
+        ("softcap", 0.0),
+        ("softcap", -1.0),
+        ("s_aux", torch.zeros(HEADS + 1)),
+        ("s_aux", torch.zeros(1, HEADS)),
         ("position_bias", torch.zeros(1)),
         ("dropout", 0.1),
         ("is_causal", False),
@@ -98,7 +100,13 @@ def test_a_mask_is_refused(batch: AttentionBatch) -> None:
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"sliding_window": 20}, {"softcap": None}, {"output_router_logits": False}, {"position_ids": torch.zeros(1, 5)}],
+    [
+        {"sliding_window": None},
+        {"softcap": None},
+        {"s_aux": None},
+        {"output_router_logits": False},
+        {"position_ids": torch.zeros(1, 5)},
+    ],
 )
 def test_arguments_that_change_nothing_are_accepted(batch: AttentionBatch, kwargs: dict[str, Any]) -> None:
     call(batch, 5, **kwargs)
@@ -116,13 +124,37 @@ def test_without_a_batch_the_message_says_what_is_missing() -> None:
         call(None, 5)
 
 
-@pytest.mark.parametrize(("model_type", "argument"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
-def test_models_of_transformers_that_need_more_are_refused(model_type: str, argument: str) -> None:
-    register()
-    model = tiny_model(model_type, sliding_window=128)
-    model.set_attn_implementation(NAME)
-    cache = layers(SIZES["num_hidden_layers"])
-    batch = AttentionBatch.build([Segment(0, 0, 3, 3)], cache, sdpa.prepare)
-    ids = torch.tensor([[1, 2, 3]])
-    with pytest.raises(UnsupportedModel, match=argument):
-        model(input_ids=ids, position_ids=torch.arange(3)[None], use_cache=False, **{NAME: batch})
+def test_features_reach_the_kernel() -> None:
+    asked: list[Features] = []
+
+    def kernel(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+            asked.append(features)
+            return query.transpose(0, 1)
+
+        return attend
+
+    sinks = torch.ones(HEADS)
+    batch = AttentionBatch.build([Segment(2, 0, 5, 20)], layers(), kernel)
+    call(batch, 5, sliding_window=7, softcap=2.0, s_aux=sinks)
+    (got,) = asked
+    assert (got.scaling, got.window, got.softcap) == (0.3, 7, 2.0)
+    assert got.sinks is sinks
+
+
+def test_a_layer_that_attends_twice_in_a_pass_is_refused(batch: AttentionBatch) -> None:
+    """The second K would overwrite the first, and later passes would read the wrong one."""
+    call(batch, 5)
+    with pytest.raises(UnsupportedModel, match="twice"):
+        call(batch, 5)
+
+
+def test_k_and_v_of_different_width() -> None:
+    shapes = ((3, 32, KV_HEADS, 8), (3, 32, KV_HEADS, 5))
+    cache = [(torch.zeros(shapes[0]), torch.zeros(shapes[1]))] * 2
+    batch = AttentionBatch.build([Segment(2, 0, 5, 5)], cache, choose.prepare)
+    q, k, v = torch.randn(1, HEADS, 5, 8), torch.randn(1, KV_HEADS, 5, 8), torch.randn(1, KV_HEADS, 5, 5)
+    out, _ = attention_forward(module(), q, k, v, None, vattention=batch)
+    assert out.shape == (1, 5, HEADS, 5)
+    with pytest.raises(UnsupportedModel, match="laid out"):
+        attention_forward(module(0), q, k, k, None, vattention=batch)

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def test_a_mistake_in_attention_is_found(
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         attend = right(*args, **kwargs)
-        return lambda query, keys, values, scaling: attend(query, keys, values, scaling * 1.05)
+        return lambda query, keys, values, asked: attend(
+            query, keys, values, replace(asked, scaling=asked.scaling * 1.05)
+        )
 
     monkeypatch.setattr("vattention.engine.runner.Runner.__init__.__kwdefaults__", {"kernel": wrong})
     assert main(["verify", tiny_directory, *FEW, "--chunk", chunk, "--max-num-seqs", "4"]) == 1

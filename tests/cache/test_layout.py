@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vattention.cache import KVLayout
+from vattention.cache import KVCache, KVLayout
 from vattention.cache.page_size import choose_page_size
 from vattention.errors import ConfigError
 
@@ -131,3 +131,80 @@ def test_page_size_chosen_is_the_smallest_that_the_mapping_limit_carries():
     assert choose(4 << 20, 10) == 16 << 10, "a handful of short requests must fit first"
     assert choose(1 << 20, 10) == 4 << 10
     assert choose_page_size(smollm, 2 << 30, 64 << 10, None) == 64 << 10
+
+
+SHAPES = ((3, 8, 5), (1, 8, 8), (2, 4, 6), (3, 8, 5), (1, 2, 2))
+MIXED = [kind for kind in LAYOUTS if not kind.get("head_major")]
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_layers_of_different_shapes_share_no_place(kind):
+    geometry = layout(shapes=SHAPES, **kind)
+    taken = set()
+    for layer, which, slot, token in itertools.product(range(5), range(2), range(2), (0, 1, 9)):
+        view, (heads, *widths) = geometry.view(layer, which), SHAPES[layer]
+        for head in range(heads):
+            element = slot * view.strides[0] + token * view.strides[1] + head * view.strides[2]
+            start = view.offset + element * 4
+            places = set(range(start, start + widths[which] * 4, 4))
+            assert not places & taken
+            taken |= places
+            assert any(
+                stream.offset + slot * stream.size + token * stream.token_bytes
+                <= start
+                < start + widths[which] * 4
+                <= stream.offset + slot * stream.size + (token + 1) * stream.token_bytes
+                for stream in geometry.streams
+            )
+    numbers = sum(heads * (k + v) for heads, k, v in SHAPES)
+    assert len(taken) == 2 * 3 * numbers
+    assert geometry.bytes_per_token == numbers * 4 == sum(stream.token_bytes for stream in geometry.streams)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_cache_of_layers_of_different_shapes(kind):
+    geometry = layout(shapes=SHAPES, **kind)
+    with KVCache(geometry, memory="1MiB", page_size=4096, guard=True) as cache:
+        slots = [cache.alloc(), cache.alloc()]
+        cache.step(dict.fromkeys(slots, 10))
+        views = [geometry.narrow(i, which, cache.layer(i)[which]) for i in range(5) for which in (0, 1)]
+        for number, view in enumerate(views):
+            assert view.shape == (2, geometry.padded_len, SHAPES[number // 2][0], SHAPES[number // 2][1 + number % 2])
+            view[:, :10] = number
+        assert all((view[:, :10] == number).all() for number, view in enumerate(views))
+
+
+def test_uniform_shapes_are_the_uniform_layout():
+    for kind in LAYOUTS:
+        plain, same = layout(**kind), layout(shapes=[(3, 8, 8)] * 5, **kind)
+        assert plain.streams == same.streams
+        assert [plain.view(i, w) for i in range(5) for w in (0, 1)] == [
+            same.view(i, w) for i in range(5) for w in (0, 1)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind", "problem"),
+    [
+        ([(3, 8, 8)] * 4, {}, "5 times"),
+        ([(3, 8, 0)] * 5, {}, "all positive"),
+        ([(2, 8, 8)] * 5, {}, "the largest in shapes, 2 and 8"),
+        ([(3, 8, 9)] * 5, {}, "the largest in shapes, 3 and 9"),
+        (SHAPES, {"head_major": True}, "the same number of heads"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes, kind, problem):
+    with pytest.raises(ConfigError, match=problem):
+        layout(shapes=shapes, **kind)
+
+
+def test_different_widths_in_head_major():
+    shapes = ((3, 8, 5), (3, 4, 8), (3, 8, 8), (3, 2, 2), (3, 8, 5))
+    geometry = layout(shapes=shapes, head_major=True, layers_per_stream=2)
+    with KVCache(geometry, memory="1MiB", page_size=4096, guard=True) as cache:
+        slot = cache.alloc()
+        cache.step({slot: 10})
+        views = [geometry.narrow(i, which, cache.layer(i)[which])[slot, :10] for i in range(5) for which in (0, 1)]
+        for number, view in enumerate(views):
+            view[:] = number
+        assert all((view == number).all() for number, view in enumerate(views))

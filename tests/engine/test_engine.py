@@ -92,7 +92,7 @@ def test_a_chunk_that_ignores_alignment_would_be_seen(
     model: LoadedModel, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: without the mask of chunks, `is_causal` is aligned to the upper left, and tokens differ."""
-    monkeypatch.setattr(sdpa, "_mask", lambda segment, dtype, device: None)
+    monkeypatch.setattr(sdpa, "_mask", lambda block, first, window, dtype, device: None)
     assert tokens_of(engine_for(model, max_num_batched_tokens=512)) == expected, "whole prompts need no mask"
     assert tokens_of(engine_for(model, max_num_batched_tokens=16)) != expected
 

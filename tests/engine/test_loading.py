@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from support.models import demo_model, tiny_model
+from support.models import demo_model, tiny_config, tiny_model
+from vattention.engine import weights
+from vattention.engine.judge import judge
 from vattention.engine.loading import find, load_model, parse_dtype
+from vattention.engine.weights import check_safetensors
 from vattention.errors import ConfigError, UnsupportedModel
 
 
@@ -95,8 +98,13 @@ def test_a_missing_demo_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not among"),
-        ({"model_type": "gemma3_text"}, "'gemma3_text' is not among"),
+        ({"model_type": "mamba"}, "'mamba' is not supported: it keeps recurrent"),
+        ({"model_type": "llama4_text"}, "'llama4_text' is not supported: its chunked attention"),
+        ({"model_type": "vit"}, "'vit' is not among those proved"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 1}, "num_kv_shared_layers"),
+        ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 3}, "linear_attention"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
         ({"rope_parameters": "leave out", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         (
@@ -112,8 +120,16 @@ def test_a_missing_demo_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
             },
             "'longrope'",
         ),
-        ({"model_type": "mistral", "sliding_window": 100}, "pass max_model_len=100 or less"),
-        ({"model_type": "olmo3", "sliding_window": 100}, "pass max_model_len=100 or less"),
+        ({"model_type": "phimoe", "sliding_window": 100}, "pass max_model_len=100 or less"),
+        (
+            {
+                "model_type": "qwen2_moe",
+                "use_sliding_window": True,
+                "sliding_window": 100,
+                "layer_types": ["sliding_attention"] * 3,
+            },
+            "pass max_model_len=100 or less",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
         ({"dtype": "float64"}, "pass dtype"),
     ],
@@ -126,11 +142,13 @@ def test_refused_with_the_reason(copy: Path, changes: dict[str, Any], reason: st
         load_model(copy)
 
 
-def test_a_window_that_nobody_reaches_is_accepted(copy: Path) -> None:
-    configure(copy, model_type="mistral", sliding_window=100)
-    assert load_model(copy, max_model_len=100).geometry.window == 100
+def test_a_window_that_nobody_reaches_is_accepted() -> None:
+    """Of a type that keeps its window to its mask; others pass it to attention, and any length will do."""
+    geometry = judge(tiny_config("phimoe", sliding_window=100))
+    assert geometry.longest_request(100) == 100
     with pytest.raises(UnsupportedModel):
-        load_model(copy, max_model_len=101)
+        geometry.longest_request(101)
+    assert judge(tiny_config("mistral", sliding_window=100)).longest_request(None) == 256
 
 
 def test_windows_that_are_switched_off_do_not_count(copy: Path) -> None:
@@ -152,6 +170,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model type": (lambda d: configure(d, model_type="leave out"), "configuration"),
     "unknown model type": (lambda d: configure(d, model_type="zzz"), "zzz"),
     "code of its own": (lambda d: configure(d, model_type="zzz", auto_map={"AutoConfig": "x.Y"}), "custom code"),
+    "a git-lfs pointer": (
+        lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        "git lfs pull",
+    ),
+    "weights without the last byte": (lambda d: cut(d / "model.safetensors", 0.99999), "finish the download"),
+    "junk for weights": (lambda d: (d / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"[]"), "header"),
     "no heads": (lambda d: configure(d, num_attention_heads=0), "configuration"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "weights"),
     "cut weights": (lambda d: cut(d / "model.safetensors", 0.5), "weights.*damaged"),
@@ -171,6 +195,94 @@ def test_damaged_directories(copy: Path, damage: str) -> None:
     # One line, without the pages of traceback of the libraries below.
     assert "\n" not in str(caught.value)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+def test_shards(sharded: Path, saved: Path) -> None:
+    one, many = load_model(saved).model.state_dict(), load_model(sharded).model.state_dict()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert check_safetensors(saved) == check_safetensors(sharded) == sum(weight.numel() for weight in one.values())
+
+
+SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "one missing": (lambda d: max(d.glob("*.safetensors")).unlink(), r"1 of \d+ weight files are missing \(model-"),
+    "one cut short": (lambda d: cut(min(d.glob("*.safetensors")), 0.7), "model-00001.*finish the download"),
+    "one empty": (lambda d: cut(min(d.glob("*.safetensors")), 0), "model-00001.*cut short"),
+    "index cut": (lambda d: cut(d / "model.safetensors.index.json", 0.5), "index.json cannot be read"),
+    "index of another kind": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGE)
+def test_shards_that_are_not_all_there(sharded: Path, damage: str) -> None:
+    spoil, message = SHARD_DAMAGE[damage]
+    spoil(sharded)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_model(sharded)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = check_safetensors(saved)
+    assert numbers is not None
+    monkeypatch.setattr(weights, "memory_headroom", lambda: 4 * numbers)
+    load_model(saved, dtype="float32")
+    monkeypatch.setattr(weights, "memory_headroom", lambda: 4 * numbers - 1)
+    with pytest.raises(ConfigError, match="take a smaller model or dtype"):
+        load_model(saved, dtype="float32")
+    load_model(saved, dtype="bfloat16")
+
+
+def test_gguf_says_what_dequantising_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = demo_model()
+    assert demo.dequantised_from is not None
+    assert 4 * demo.dequantised_from < demo.weight_bytes
+    monkeypatch.setattr(weights, "memory_headroom", lambda: demo.weight_bytes // 2)
+    with pytest.raises(ConfigError, match=r"dequantised to float32 from .*smaller model or dtype"):
+        load_model(None, dtype="float32")
+
+
+def test_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*args: Any, **kwargs: Any) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at ...")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", gated)
+    with pytest.raises(ConfigError, match="org/model is gated: accept its conditions"):
+        load_model("org/model")
+
+
+def test_code_that_comes_with_the_model_runs_only_when_trusted(copy: Path) -> None:
+    configure(copy, model_type="zzz", auto_map={"AutoConfig": "own.OwnConfig"})
+    (copy / "own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'zzz'\n"
+    )
+    with pytest.raises(ConfigError, match="custom code"):
+        load_model(copy)
+    # Trusted, it is read, and what it describes is still not among the models that were compared.
+    with pytest.raises(UnsupportedModel, match="'zzz' is not among"):
+        load_model(copy, trust_remote_code=True)
+
+
+def test_a_tokenizer_of_another_model(copy: Path) -> None:
+    demo_model().tokenizer.save_pretrained(copy)
+    with pytest.raises(ConfigError, match="49152 tokens and the model 211: they do not belong together"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ oops", "{% unknown %}"])
+def test_a_chat_template_that_is_none(tmp_path: Path, template: str) -> None:
+    tiny_model(vocab_size=49152, hidden_size=24).save_pretrained(tmp_path)
+    demo_model().tokenizer.save_pretrained(tmp_path)
+    assert load_model(tmp_path).tokenizer.chat_template
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match=r"chat template of .* is damaged: line 1"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["junk", "cut short"])
@@ -205,8 +317,10 @@ def test_a_hub_id_without_network() -> None:
         load_model("nobody/nothing")
 
 
-def test_a_local_path_never_reaches_for_the_network(copy: Path) -> None:
+def test_a_local_path_never_reaches_for_the_network(tmp_path: Path) -> None:
     """In a process of its own, where every look-up of a host is fatal and nothing says "offline"."""
+    copy = tmp_path
+    tiny_model(vocab_size=49152, hidden_size=24).save_pretrained(copy)
     demo_model().tokenizer.save_pretrained(copy)
     script = """
 import os, socket, sys

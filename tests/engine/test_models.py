@@ -1,52 +1,46 @@
-"""Every supported model type against transformers, in float32: greedy tokens, and the logits behind each of them.
+"""Every accepted model type against transformers, in float32: greedy tokens, and the logits behind each of them.
 
 The engine's way is the hardest one: chunked prefill, decodes in the same pass, four requests of different length at
-once, NaN in all mapped memory past each request. The reference is each request alone, with transformers' own attention
-and cache.
+once, NaN in all mapped memory past each request. The reference is each request alone, by transformers' own eager
+attention, in one pass without a cache: the tokens are greedy where each is the largest of the reference's logits after
+the ones before it.
 """
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from support.models import (
+    COMMON,
+    OPTIONS,
     TOLERANCE,
+    WINDOW,
     Recorder,
     as_transformers,
     engine_for,
-    greedy,
+    features_of,
     loaded,
+    one_pass,
     prompts_of,
     relative_error,
     run,
+    shared,
     teacher_forced,
     tiny_model,
+    watching,
 )
-from vattention.engine.loading import SUPPORTED
+from vattention.engine.architectures import ACCEPTED, WINDOW_IN_MASK
+from vattention.engine.request import Request
 from vattention.engine.sampling_params import SamplingParams
 
 TOKENS = 10
 PROMPTS = prompts_of(1, 7, 40, 90)
+GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS)
+SEEN = 100 * TOLERANCE
+"""A change of the logits that no comparison in this file would pass."""
 
-# What the type can do and its defaults leave off, or what it needs to be built small.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
-    "exaone4": {"sliding_window": 256},
-    "gpt_neox": {"num_key_value_heads": 6, "rotary_pct": 0.5},
-    "granite": {
-        "attention_multiplier": 0.3,
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 3.0,
-    },
-    "mistral": {"sliding_window": 256},
-    "olmo": {"clip_qkv": 2.0},
-    "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 1},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
-}
 # RoPE kinds, on the type that has them all; trained on 32 positions, so that the long prompts are beyond.
 ROPE: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
@@ -60,39 +54,100 @@ ROPE: dict[str, dict[str, Any]] = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4},
 }
-CASES = [
-    *(pytest.param(kind, OPTIONS.get(kind, {}), id=kind) for kind in sorted(SUPPORTED)),
+VARIANTS = [
     *(pytest.param("llama", {"rope_parameters": rope}, id=f"llama-{name}") for name, rope in ROPE.items()),
     pytest.param("llama", {"num_key_value_heads": 6}, id="llama-without-groups"),
     pytest.param("llama", {"num_key_value_heads": 1, "attention_bias": True}, id="llama-one-kv-head"),
+    pytest.param("gpt2", {"scale_attn_weights": False, "initializer_range": 0.1}, id="gpt2-unscaled"),
+    pytest.param("gpt_bigcode", {"multi_query": False}, id="gpt_bigcode-multi-head"),
+    pytest.param("deepseek_v2", {"q_lora_rank": 24}, id="deepseek_v2-latent-queries"),
+    pytest.param("mistral", {"sliding_window": None}, id="mistral-without-window"),
+    pytest.param("qwen2", {"use_sliding_window": False, "layer_types": None}, id="qwen2-without-window"),
+    pytest.param("gemma2", {"attn_logit_softcapping": None}, id="gemma2-without-softcap"),
+    pytest.param("gemma4_text", {"attention_k_eq_v": True}, id="gemma4_text-k-is-v"),
 ]
+CASES = [*(pytest.param(kind, {}, id=kind) for kind in sorted(ACCEPTED)), *VARIANTS]
+
+
+def compare(model: Any, engine: Any, requests: list[Request]) -> None:
+    """Tokens and logits of `requests`, which `engine` has computed, with those of the reference."""
+    recorder = engine._runner
+    assert isinstance(recorder, Recorder)
+    for request in requests:
+        tokens = tuple(request.output_token_ids)
+        logits = expected(model, tuple(request.prompt_token_ids), tokens)
+        assert relative_error(recorder.of(request.request_id), logits) < TOLERANCE
+        # Greedy, up to ties closer than that.
+        lead = logits.max(-1).values - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert float(lead.max() / logits.std()) < TOLERANCE
+
+
+@functools.cache
+def expected(model: Any, prompt: tuple[int, ...], output: tuple[int, ...]) -> torch.Tensor:
+    with as_transformers(model):
+        return teacher_forced(model, prompt, output)
 
 
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
 def test_tokens_and_logits(model_type: str, changes: dict[str, Any]) -> None:
-    if model_type not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {model_type}")
-    model = tiny_model(model_type, **changes)
+    model = tiny_model(model_type, **changes) if changes else shared(model_type)
     engine = engine_for(loaded(model), max_num_batched_tokens=16, poison=True, memory="32MiB")
-    requests = run(engine, PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS))
-    recorder = engine._runner
-    assert isinstance(recorder, Recorder)
+    compare(model, engine, run(engine, PROMPTS, GREEDY))
+
+
+@pytest.mark.parametrize("model_type", sorted(ACCEPTED))
+def test_the_test_sees_every_feature_of_the_type(model_type: str) -> None:
+    """The control: our own attention without one of the features is far from what is compared above."""
+    model, prompt = shared(model_type), PROMPTS[3]
+    right = one_pass(model, prompt)
+    half = watching(set(), scaling=lambda scaling: 0.5 * (1.0 if scaling is None else scaling))
+    assert relative_error(one_pass(model, prompt, half), right) > SEEN
+    for feature in ("window", "softcap", "sinks"):
+        off = relative_error(one_pass(model, prompt, watching(set(), **{feature: None})), right)
+        assert off > SEEN if feature in features_of(model_type) else off == 0.0, feature
+
+
+def test_windows_are_tested_where_there_are_any() -> None:
+    """A type whose configuration has a window passes one to attention, or is known to keep it to its mask."""
+    for model_type in sorted(ACCEPTED):
+        config = shared(model_type).config
+        if getattr(config, "sliding_window", None) is not None:
+            assert ("window" in features_of(model_type)) == (model_type not in WINDOW_IN_MASK), model_type
+
+
+# -- the features, off in the reference -------------------------------------------------------------------------------
+
+OFF = [
+    pytest.param(kind, {"sliding_window": 256}, id=f"{kind}-window")
+    for kind in ("mistral", "mixtral", "phi3", "starcoder2", "qwen2", "gemma2", "gemma3_text", "cohere2", "gpt_oss")
+] + [
+    pytest.param("gemma2", {"attn_logit_softcapping": None}, id="gemma2-softcap"),
+    pytest.param("granite", {"attention_multiplier": 0.15}, id="granite-scaling"),
+    pytest.param("gemma3_text", {"query_pre_attn_scalar": 16}, id="gemma3_text-scaling"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), OFF)
+def test_a_reference_without_the_feature_fails_the_comparison(model_type: str, changes: dict[str, Any]) -> None:
+    model, other = shared(model_type), tiny_model(model_type, **changes)
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    ours = one_pass(model, PROMPTS[3])[-1:]
+    assert relative_error(ours, teacher_forced(other, PROMPTS[3], [0])) > SEEN
     with as_transformers(model):
-        for request in requests:
-            expected = greedy(model, request.prompt_token_ids, TOKENS)
-            assert tuple(request.output_token_ids) == expected
-            logits = teacher_forced(model, request.prompt_token_ids, expected)
-            assert relative_error(recorder.of(request.request_id), logits) < TOLERANCE
-        assert sees_attention(model, PROMPTS[3]), "a test with this model would see nothing"
+        assert relative_error(ours, teacher_forced(model, PROMPTS[3], [0])) < TOLERANCE
 
 
-def sees_attention(model: Any, prompt: tuple[int, ...]) -> bool:
-    """Whether half the attention scale moves the logits far beyond the tolerance."""
-    before = teacher_forced(model, prompt, [0])
-    for module in model.modules():
-        if isinstance(scaling := getattr(module, "scaling", None), float):
-            module.scaling = scaling / 2
-    return relative_error(teacher_forced(model, prompt, [0]), before) > 1000 * TOLERANCE
+@pytest.mark.parametrize("model_type", ["gpt_oss", "granite_swa", "mimo_v2_flash"])
+def test_a_reference_without_sinks_fails_the_comparison(model_type: str) -> None:
+    model = tiny_model(model_type)
+    ours = one_pass(model, PROMPTS[3])[-1:]
+    assert relative_error(ours, teacher_forced(model, PROMPTS[3], [0])) < TOLERANCE
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "sink" in name:
+                weight.fill_(-1e4)
+    assert relative_error(ours, teacher_forced(model, PROMPTS[3], [0])) > SEEN
 
 
 def test_a_batch_whose_requests_see_each_other_would_be_seen() -> None:
@@ -109,4 +164,49 @@ def test_a_batch_whose_requests_see_each_other_would_be_seen() -> None:
             position_ids=positions,
             use_cache=False,
         ).logits[0, -1:]
-    assert relative_error(mixed, alone) > 1000 * TOLERANCE
+    assert relative_error(mixed, alone) > SEEN
+
+
+# -- every way to run, for the types most people have -----------------------------------------------------------------
+
+WAYS: dict[str, dict[str, Any]] = {
+    "alone": {"max_num_seqs": 1, "max_num_batched_tokens": 256},
+    "ragged batch": {"max_num_batched_tokens": 256},
+    "chunked prefill": {"max_num_batched_tokens": 11},
+    "guard": {"guard": True, "page_size": 4096, "max_num_batched_tokens": 32},
+    "poison": {"poison": True, "page_size": 4096, "max_num_batched_tokens": 32},
+    "sliced layers": {"layers_per_stream": 2, "kv_together": True, "poison": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model_type", COMMON)
+def test_every_way_to_run(model_type: str, way: str) -> None:
+    model = shared(model_type)
+    engine = engine_for(loaded(model), **{"memory": "32MiB", **WAYS[way]})
+    compare(model, engine, run(engine, PROMPTS, GREEDY))
+    if way == "alone":
+        assert all(len(chunks) == 1 for chunks in engine._runner.passes)
+    if way == "chunked prefill":
+        assert max(sum(end - start for _, start, end in chunks) for chunks in engine._runner.passes) <= 11
+
+
+@pytest.mark.parametrize("model_type", COMMON)
+def test_under_preemption(model_type: str) -> None:
+    """Four prompts that get in together and grow out of the budget together: it holds two of the requests' ends."""
+    model = shared(model_type)
+    prompts, page, tokens = prompts_of(20, 20, 20, 20), 4096, 60
+    layout = loaded(model).geometry.layout(torch.float32, 4, 256)
+    one = sum(-(-80 * stream.token_bytes // page) for stream in layout.streams)
+    if one < 2 * len(layout.streams):  # the request grows by no page: let it become longer
+        tokens = 140
+        one = sum(-(-160 * stream.token_bytes // page) for stream in layout.streams)
+    engine = engine_for(loaded(model), memory=2 * one * page, page_size=page, poison=True, max_num_batched_tokens=128)
+    requests = run(engine, prompts, SamplingParams(temperature=0, max_tokens=tokens))
+    compare(model, engine, requests)
+    assert engine.scheduler.preemptions > 0, "no pressure, no test"
+
+
+def test_options_name_accepted_types() -> None:
+    assert set(OPTIONS) <= set(ACCEPTED)
+    assert len(PROMPTS[2]) > WINDOW

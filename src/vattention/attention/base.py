@@ -11,7 +11,7 @@ interface, so transformers builds no mask; causality is the kernel's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,14 +22,33 @@ NAME = "vattention"
 """What `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
 
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""K and V of every layer, each `[slots, padded_len, kv_heads, head_dim]`: `KVCache.layer(i)` for every i."""
+"""K and V of every layer, `[slots, padded_len, kv_heads, width]` each; heads and widths may differ between layers, and
+the width of V may be another than that of K. Made by `engine.runner.layer_views`."""
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
-"""`(query [q_heads, rows, head_dim], keys, values, scaling) -> [rows, q_heads, head_dim]` for one layer.
 
-`keys` and `values` are a whole layer, `[slots, padded_len, kv_heads, head_dim]`, the new tokens already written. A
-kernel reads tokens `[0, length)` of the slots in the batch and nothing else: what lies past `length` may be unmapped,
-another request's leftovers, or NaN. `scaling` None means 1/sqrt(head_dim).
+@dataclass(frozen=True, slots=True, eq=False)
+class Features:
+    """What one layer asks of attention beyond causality. The defaults are plain causal attention.
+
+    Attributes:
+        scaling: of the scores; None means 1/sqrt(width of K).
+        window: keys a row sees, itself included; None: all before it.
+        softcap: scores become softcap * tanh(score / softcap), after scaling and before masking.
+        sinks: `[q_heads]`, one more score in each row's softmax, whose weight goes nowhere.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Features], torch.Tensor]
+"""`(query [q_heads, rows, width], keys, values, features) -> [rows, q_heads, width of V]` for one layer.
+
+`keys` and `values` are a whole layer, `[slots, padded_len, kv_heads, width]`, the new tokens already written. A kernel
+reads tokens `[0, length)` of the slots in the batch and nothing else: what lies past `length` may be unmapped, another
+request's leftovers, or NaN.
 """
 
 _HARMLESS = frozenset({"position_ids"})
@@ -78,7 +97,6 @@ class AttentionBatch:
         segments: one a request, in row order.
         layers: where K and V live.
         attend: the kernel, prepared for these segments.
-        longest: tokens of the longest request after this pass.
         singles: how many leading segments have one row; their K and V are written by one call.
         single_slots, single_positions: where to, `[singles]` int64 each.
     """
@@ -86,10 +104,10 @@ class AttentionBatch:
     segments: tuple[Segment, ...]
     layers: Layers
     attend: Attend
-    longest: int
     singles: int
     single_slots: torch.Tensor
     single_positions: torch.Tensor
+    _written: set[int] = field(default_factory=set)
 
     @classmethod
     def build(cls, segments: Sequence[Segment], layers: Layers, kernel: Kernel) -> AttentionBatch:
@@ -105,18 +123,18 @@ class AttentionBatch:
             segments=tuple(segments),
             layers=layers,
             attend=kernel(segments, dtype=keys.dtype, device=keys.device),
-            longest=max(segment.length for segment in segments),
             singles=singles,
             single_slots=torch.tensor([s.slot for s in segments[:singles]], device=keys.device),
             single_positions=torch.tensor([s.cached for s in segments[:singles]], device=keys.device),
         )
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put the new K and V, `[kv_heads, rows, head_dim]` each, where they belong.
+        """Put the new K and V, `[kv_heads, rows, width]` each, where they belong.
 
         Single rows (decodes) go in one indexed write, a call a request would cost more than the bytes; longer
         segments are one strided copy each, which is several times faster than an indexed write of many rows.
         """
+        self._written.add(layer)
         for cache, new in zip(self.layers[layer], (key, value), strict=True):
             by_row = new.transpose(0, 1)
             if self.singles:
@@ -156,6 +174,8 @@ def attention_forward(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     vattention: AttentionBatch | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -163,12 +183,13 @@ def attention_forward(
 
     Args:
         module: the model's attention module; its `layer_idx` picks the layer.
-        query: `[1, q_heads, rows, head_dim]`; key and value: `[1, kv_heads, rows, head_dim]`, new tokens only.
+        query: `[1, q_heads, rows, width]`; key and value: `[1, kv_heads, rows, width]`, new tokens only.
         attention_mask: must be None.
+        sliding_window, softcap, s_aux: see `Features`.
         vattention: the batch, given to the model's forward as a keyword argument.
 
     Returns:
-        `[1, rows, q_heads, head_dim]` and None (there are no attention weights to show).
+        `[1, rows, q_heads, width of V]` and None (there are no attention weights to show).
 
     Raises:
         UnsupportedModel: an argument that would change the answer, named. Refusing beats computing another model.
@@ -181,21 +202,25 @@ def attention_forward(
         raise UnsupportedModel(f"the model passes dropout={dropout}: put it in eval mode")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModel("the model passes is_causal=False: only causal attention is computed here")
-    if sliding_window is not None and sliding_window < vattention.longest:
-        raise UnsupportedModel(
-            f"the model passes sliding_window={sliding_window} and a request has {vattention.longest} tokens:"
-            " windows are not built yet, keep max_model_len within the window"
-        )
+    if sliding_window is not None and sliding_window < 1:
+        raise UnsupportedModel(f"the model passes sliding_window={sliding_window}: a window has at least one key")
+    if softcap is not None and not softcap > 0:
+        raise UnsupportedModel(f"the model passes softcap={softcap}: a cap is positive")
+    if s_aux is not None and s_aux.shape != query.shape[1:2]:
+        raise UnsupportedModel(f"the model passes s_aux of shape {tuple(s_aux.shape)}: sinks are one number a head")
     for name, given in kwargs.items():
         # None and False are how transformers says that a feature is off.
         if given is not None and given is not False and name not in _HARMLESS:
-            raise UnsupportedModel(f"the model passes {name}, which may change what attention computes: not built yet")
+            raise UnsupportedModel(f"the model passes {name}, which may change what attention computes: not built")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if layer in vattention._written:
+        raise UnsupportedModel(f"layer {layer} computes attention twice in one pass, and has room for one K and V")
     keys, values = vattention.layers[layer]
-    if (key.shape[1], key.shape[3]) != keys.shape[2:] or value.shape != key.shape:
+    if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
         raise UnsupportedModel(
             f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
-            f" the cache is laid out for {tuple(keys.shape[2:])}"
+            f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
         )
     vattention.write(layer, key[0], value[0])
-    return vattention.attend(query[0], keys, values, scaling)[None], None
+    features = Features(scaling, sliding_window, softcap, s_aux)
+    return vattention.attend(query[0], keys, values, features)[None], None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vattention.cache import KVCache, KVLayout
+from vattention.cache import KVCache
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel
 from vattention.engine.runner import Runner
@@ -35,10 +35,7 @@ def open_cache(loaded: LoadedModel, options: EngineOptions) -> KVCache:
     Raises: as `LLM` does.
     """
     shape = loaded.geometry
-    layout = KVLayout(
-        shape.num_layers,
-        shape.num_kv_heads,
-        shape.head_dim,
+    layout = shape.layout(
         loaded.dtype,
         options.max_num_seqs,
         shape.longest_request(options.max_model_len),

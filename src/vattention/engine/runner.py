@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vattention.attention import sdpa
-from vattention.attention.base import NAME, AttentionBatch, Kernel, Segment
+from vattention.attention import choose
+from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
 from vattention.cache import KVCache
 from vattention.engine.request import Chunk
 
@@ -21,11 +21,11 @@ class Runner:
         kernel: what computes attention.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = sdpa.prepare) -> None:
+    def __init__(self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare) -> None:
         self._model = model
         self._kernel = kernel
         # Addresses are fixed for life, so the views are made once.
-        self._layers = tuple(cache.layer(layer) for layer in range(cache.layout.num_layers))
+        self._layers = layer_views(cache)
         self._device = self._layers[0][0].device
 
     @torch.inference_mode()
@@ -55,3 +55,10 @@ class Runner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def layer_views(cache: KVCache) -> Layers:
+    """K and V of every layer, in the shape of that layer."""
+    layout = cache.layout
+    views = ((layer, *cache.layer(layer)) for layer in range(layout.num_layers))
+    return tuple((layout.narrow(layer, 0, keys), layout.narrow(layer, 1, values)) for layer, keys, values in views)
