@@ -15,7 +15,7 @@ import torch
 from vattention.cache import CacheStats, KVCache, KVLayout
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
-from vattention.engine.outputs import CompletionOutput, RequestOutput
+from vattention.engine.outputs import RequestOutput
 from vattention.engine.request import Request
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import SamplingParams, whole
@@ -129,6 +129,7 @@ class LLM:
                 max_model_len=max_model_len,
                 eos_token_ids=loaded.eos_token_ids,
                 seed=seed,
+                tokenizer=loaded.tokenizer,
             )
             self._announce(layout, budget)
         except BaseException:
@@ -198,7 +199,7 @@ class LLM:
             for request in requests:
                 engine.abort(request.request_id)
             raise
-        return [self._output(request, text) for request, text in zip(requests, texts, strict=True)]
+        return [engine.output(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def close(self) -> None:
         """Give the memory of the KV cache back. Idempotent; anything but `close` raises InvalidRequest afterwards."""
@@ -232,12 +233,6 @@ class LLM:
             raise InvalidRequest("this model came without a tokenizer: pass prompt_token_ids")
         return prompt, self.tokenizer(prompt, verbose=False).input_ids
 
-    def _output(self, request: Request, text: str | None) -> RequestOutput:
-        tokens = tuple(request.output_token_ids)
-        decoded = "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
-        completion = CompletionOutput(0, decoded, tokens, request.finish_reason)
-        return RequestOutput(request.request_id, text, request.prompt_token_ids, (completion,), request.finished)
-
     def _announce(self, layout: KVLayout, budget: int) -> None:
         """One line about memory on stderr, and a warning where the longest request does not fit."""
         assert self._cache is not None
@@ -264,9 +259,11 @@ def _run(engine: Engine, requests: Sequence[Request], use_tqdm: bool) -> None:
         left = set(requests)
         while left:
             engine.step()
-            done = {request for request in left if request.finished}
+            done = {request for request in left if request.all_finished}
             left -= done
-            bar.set_postfix_str(f"{sum(len(r.output_token_ids) for r in requests)} tokens", refresh=False)
+            bar.set_postfix_str(
+                f"{sum(len(s.output_token_ids) for r in requests for s in r.family)} tokens", refresh=False
+            )
             bar.update(len(done))
 
 

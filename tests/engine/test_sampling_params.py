@@ -57,27 +57,3 @@ def test_accepted(options: dict[str, Any]) -> None:
 def test_wrong_values(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         SamplingParams(**options)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("n", 2),
-        ("n", True),
-        ("top_p", 0.9),
-        ("top_p", NAN),
-        ("top_k", 40),
-        ("min_p", 0.1),
-        ("presence_penalty", 1.0),
-        ("frequency_penalty", -1.0),
-        ("repetition_penalty", 1.1),
-        ("stop", ["\n"]),
-        ("min_tokens", 1),
-        ("logprobs", 0),
-        ("prompt_logprobs", 1),
-        ("logit_bias", {1: 1.0}),
-    ],
-)
-def test_features_that_are_not_built_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InvalidRequest, match=f"{name} is not built yet"):
-        SamplingParams(**{name: value})
