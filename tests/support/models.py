@@ -93,8 +93,10 @@ class Recorder:
     def forward(self, chunks: Sequence[Any]) -> torch.Tensor:
         logits = self.runner.forward(chunks)
         self.passes.append([(chunk.request.request_id, chunk.start, chunk.end) for chunk in chunks])
-        for chunk, row in zip((c for c in chunks if c.samples), logits, strict=True):
-            self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone()
+        places = [(chunk, position) for chunk in chunks for position in chunk.wanted]
+        for (chunk, position), row in zip(places, logits, strict=True):
+            if chunk.samples and position == chunk.end - 1:
+                self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone()
         return logits
 
     def of(self, request_id: str) -> torch.Tensor:

@@ -122,7 +122,6 @@ class Engine:
         for sample in range(params.n):
             request = Request(name, prompt, params, seed, sample, ends, family, arrival=now, arrival_time=since_epoch)
             request.adjuster = Adjuster.needed(prompt, params, ends)
-            family.append(request)
         leader = family[0]
         leader.unbranched = params.n > 1
         self._added += 1

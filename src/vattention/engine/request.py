@@ -62,7 +62,7 @@ class Request:
     token_times: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.family = self.family or [self]
+        self.family.append(self)  # the list is shared by all of them
 
     @property
     def num_tokens(self) -> int:
