@@ -134,7 +134,7 @@ def engine_for(model: LoadedModel, *, max_num_seqs: int = 4, max_model_len: int 
     shape = model.geometry
     ours = {name: options.pop(name) for name in ("head_major", "layers_per_stream", "kv_together") if name in options}
     theirs = {"max_num_batched_tokens": options.pop("max_num_batched_tokens", 64)}
-    theirs |= {name: options.pop(name) for name in ("seed", "eos_token_ids") if name in options}
+    theirs |= {name: options.pop(name) for name in ("seed", "eos_token_ids", "tokenizer") if name in options}
     layout = KVLayout(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, model.dtype, max_num_seqs, max_model_len, **ours
     )
