@@ -10,7 +10,7 @@ import torch
 
 from support.sampling import adjusted, chi_square, probabilities
 from vattention.engine import sampler
-from vattention.engine.adjustment import Adjuster, Seen
+from vattention.engine.adjustment import Adjuster, Seen, adjust
 from vattention.engine.sampler import Row, sample
 from vattention.engine.sampling_params import SamplingParams
 
@@ -117,6 +117,19 @@ def test_the_test_would_see_another_distribution() -> None:
         (_, logits, tokens), *_ = draw_together([option], 20_000, 1.0)
         assert chi_square(tokens, exact(logits, SamplingParams(**option))) < 3.3
         assert chi_square(tokens, exact(logits, SamplingParams(**other))) > 5
+
+
+def test_adjusted_logits_are_those_of_the_formulas() -> None:
+    """To the last digits, above and below zero: what a penalty does to an unlikely token hardly shows in counts."""
+    cases = [(SamplingParams(**o), logits_for(i, spread=3.0).double()) for i, o in enumerate(OPTIONS)]
+    changes = [(row(params, 0).adjustment, params, logits) for params, logits in cases]
+    wanted = [(change, params, logits) for change, params, logits in changes if change is not None]
+    assert len(wanted) > 9
+    together = torch.stack([logits for _, _, logits in wanted])
+    adjust(together, [change for change, _, _ in wanted])
+    for got, (_, params, logits) in zip(together, wanted, strict=True):
+        expected = torch.tensor(adjusted(logits.tolist(), params, PROMPT, OUTPUT, ENDS), dtype=torch.float64)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("option", range(len(OPTIONS)))

@@ -8,6 +8,7 @@ import pytest
 
 from support import tokenizers
 from support.models import engine_for, loaded, prompts_of, run, tiny_model
+from support.sampling import adjusted
 from support.tokenizers import spell
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel
@@ -72,6 +73,30 @@ def test_preemption(model: LoadedModel, alone: dict[int, Any], pages: int) -> No
     )
     assert all_said(engine, list(range(len(PROMPTS)))) == alone
     assert engine.scheduler.preemptions > 0, "no pressure, no test"
+
+
+@pytest.mark.parametrize("pages", [4, 100])
+def test_penalties_count_every_token_once(model: LoadedModel, pages: int) -> None:
+    """Greedy, from the logits that the engine saw, against the formulas over all tokens before: whatever was lost."""
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=40,
+        min_tokens=9,
+        stop_token_ids=[5, 6],
+        logit_bias={7: 1.5},
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.6,
+    )
+    engine = engine_for(model, max_num_seqs=12, memory=pages * 6 * 4096, page_size=4096)
+    requests = run(engine, PROMPTS, params)
+    assert (engine.scheduler.preemptions > 0) == (pages == 4)
+    for request in requests:
+        logits = engine._runner.of(request.request_id).double().tolist()  # type: ignore[attr-defined]
+        output = request.output_token_ids
+        for i, token in enumerate(output):
+            wanted = adjusted(logits[i], params, request.prompt_token_ids, output[:i], {5, 6})
+            assert wanted[token] == max(wanted)
 
 
 def test_every_option_matters_here(model: LoadedModel, alone: dict[int, Any]) -> None:
