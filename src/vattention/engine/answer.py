@@ -8,7 +8,7 @@ from vattention.engine.outputs import CompletionOutput, RequestMetrics, RequestO
 from vattention.engine.request import Request
 
 
-def text_is_complete(sample: Request, vocabulary: Vocabulary | None, *, last: bool = False) -> str | None:
+def update_text(sample: Request, vocabulary: Vocabulary | None, *, last: bool = False) -> str | None:
     """Bring the text of a sample up to date. Returns the stop string with which it ended just now, or None.
 
     Args:
@@ -46,7 +46,7 @@ def request_output(request: Request, vocabulary: Vocabulary | None, prompt: str 
 
 
 def _completion(sample: Request, vocabulary: Vocabulary | None) -> CompletionOutput:
-    text_is_complete(sample, vocabulary, last=sample.finished)
+    update_text(sample, vocabulary, last=sample.finished)
     scored = sample.params.logprobs is not None
     chosen = [entry[token].logprob for token, entry in zip(sample.output_token_ids, sample.logprobs, strict=False)]
     return CompletionOutput(

@@ -11,7 +11,7 @@ import torch
 from vattention.cache import KVCache
 from vattention.engine import sampler
 from vattention.engine.adjustment import Adjuster
-from vattention.engine.answer import request_output, text_is_complete
+from vattention.engine.answer import request_output, update_text
 from vattention.engine.detokenizer import Vocabulary
 from vattention.engine.logprobs import top_logprobs
 from vattention.engine.outputs import Logprob, RequestOutput
@@ -262,7 +262,7 @@ class Engine:
         elif self.scheduler.last_token(sample, len(sample.output_token_ids)):
             sample.finish_reason = "length"
         if sample.params.stop_strings:
-            stop = text_is_complete(sample, self._vocabulary, last=sample.finished)
+            stop = update_text(sample, self._vocabulary, last=sample.finished)
             if stop is not None:
                 sample.finish_reason, sample.stop_reason = "stop", stop
 
