@@ -116,6 +116,39 @@ def test_a_fork_that_fails_ends_the_whole_request(monkeypatch: pytest.MonkeyPatc
         nothing_is_left(engine, cache)
 
 
+def test_a_leader_that_is_given_up_takes_the_others_with_it() -> None:
+    """They were never queued: nobody else would end them."""
+    engine, _, cache = engine_with(8 * 4096)
+    with cache:
+        other = cache.alloc()
+        assert other is not None
+        cache.step({other: 32})  # all of the memory
+        request = engine.add_request([1] * 20, cold(3))
+        with pytest.raises(OutOfPages):
+            finish(engine)
+        assert [sample.finish_reason for sample in request.family] == ["abort"] * 3
+        cache.free(other)
+        nothing_is_left(engine, cache)
+
+
+def test_a_leader_that_ends_at_once_leaves_the_others_running() -> None:
+    engine, runner, cache = engine_with(max_num_seqs=3)
+    with cache:
+        count_forks(cache, runner)
+        request = engine.add_request([1, 2, 3], cold(4))
+        see = engine._see_whether_it_ends
+
+        def ends_at_once(sample: Request, token: int) -> None:
+            see(sample, token)
+            if sample.sample == 0:
+                sample.finish_reason = "stop"
+
+        engine._see_whether_it_ends = ends_at_once  # type: ignore[method-assign]
+        finish(engine)
+        assert texts(request) == [expected([1, 2, 3], 1), *[expected([1, 2, 3], 8)] * 3]
+        nothing_is_left(engine, cache)
+
+
 @settings(max_examples=80)
 @given(
     requests=st.lists(
