@@ -164,9 +164,30 @@ def test_prompts_come_from_options_and_files(
     assert parse_size(closing[4]) > 0  # a request of one token ends in the pass that it starts in
 
 
+def test_options_of_sampling_reach_the_engine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vattention.engine.loading.load_model", lambda *_, **__: demo_model())
+    some = ["--prompt", "The capital of France is", "--no-chat", "--kv-cache-memory", "64MiB", "--max-tokens", "12"]
+    assert main(["generate", *some, "--stop", "ris", "--logprobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Answer: Pa\n(5 tokens in, 1 out: stop at 'ris', log-probability -" in out
+    assert re.search(r"^  ' Paris' -0\.\d+ \(rank 1\), '.+' -\d+\.\d+ \(rank 2\)$", out, re.MULTILINE)
+    assert main(["generate", *some, "--n", "3", "--temperature", "1", "--top-k", "1", "--ignore-eos"]) == 0
+    out = capsys.readouterr().out
+    answers = re.findall(r"^Answer \d: (.*)$", out, re.MULTILINE)
+    assert len(answers) == 3
+    assert len(set(answers)) == 1, "top-k 1 leaves no choice"
+    assert len(re.findall(r"12 out: length", out)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        (["--n", "2"], "n=2 samples at temperature 0"),
+        (["--top-p", "0"], "top_p must be above 0"),
+        (["--presence-penalty", "3"], "presence_penalty must be at most 2"),
+        (["--stop", ""], "empty stop string"),
         (["What is this?"], "a prompt goes behind --prompt"),
         (["./missing"], "there is no model at './missing'"),
         (["--prompt-file", "missing.txt"], "cannot read missing.txt"),

@@ -150,6 +150,74 @@ def test_every_form_of_a_prompt(llm: LLM) -> None:
     assert llm.generate([], SHORT) == []
 
 
+def test_chat_is_generate_with_the_template(llm: LLM) -> None:
+    one = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    two = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}, one[1]]
+    tokenizer: Any = llm.tokenizer
+    for conversations in ([one], [one, two]):
+        ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in conversations]
+        expected = llm.generate([{"prompt_token_ids": i} for i in ids], SHORT, use_tqdm=False)
+        given: Any = conversations if len(conversations) > 1 else one
+        got = llm.chat(given, SHORT, use_tqdm=False)
+        assert [output.prompt_token_ids for output in got] == [tuple(i) for i in ids]
+        assert tokens(got) == tokens(expected)
+        assert [output.prompt for output in got] == [tokenizer.decode(i) for i in ids]
+    (own,) = llm.chat(one, SHORT, use_tqdm=False, chat_template="{{ messages[1].content }}{{ more }}", more="!")
+    assert own.prompt == "Hello!"
+    (bare,) = llm.chat(one, SHORT, use_tqdm=False, add_generation_prompt=False)
+    assert expected[0].prompt_token_ids[: len(bare.prompt_token_ids)] == bare.prompt_token_ids
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "problem"),
+    [
+        ("Hello", TypeError, "sequence of dictionaries"),
+        (5, TypeError, "sequence of dictionaries"),
+        ([], InvalidRequest, "at least one message"),
+        (["Hello"], TypeError, "sequence of dictionaries"),
+        ([{"role": "user"}, "Hello"], TypeError, "message 1"),
+        ([{"content": "Hello"}], InvalidRequest, 'no "role"'),
+        ([[{"role": "user", "content": "Hello"}], []], InvalidRequest, "conversation 1: .* at least one"),
+    ],
+)
+def test_what_is_no_conversation(llm: LLM, messages: Any, error: type[Exception], problem: str) -> None:
+    with pytest.raises(error, match=problem):
+        llm.chat(messages, SHORT)
+    assert llm.engine.unfinished == 0
+
+
+def test_chat_without_a_template_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(InvalidRequest, match="refuses these messages: not you"):
+        llm.chat(messages, SHORT, chat_template="{{ raise_exception('not you') }}")
+    with pytest.raises(InvalidRequest, match="refuses these messages"):
+        llm.chat(messages, SHORT, chat_template="{% broken")
+    monkeypatch.setattr(llm.tokenizer, "chat_template", None)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        llm.chat(messages, SHORT)
+    with (
+        LLM(loaded(tiny_model()), kv_cache_memory="4MiB") as bare,
+        pytest.raises(InvalidRequest, match="without a tokenizer"),
+    ):
+        bare.chat(messages, SHORT)
+
+
+def test_several_samples_and_everything_about_them(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=1, max_tokens=5, logprobs=1, prompt_logprobs=0, ignore_eos=True)
+    (output,) = llm.generate("Hello world", params, use_tqdm=False)
+    assert [answer.index for answer in output.outputs] == [0, 1, 2]
+    assert len({answer.token_ids for answer in output.outputs}) == 3
+    for answer in output.outputs:
+        assert answer.text == llm.tokenizer.decode(answer.token_ids, skip_special_tokens=True)  # type: ignore[union-attr]
+        assert answer.logprobs is not None
+        for token, entry in zip(answer.token_ids, answer.logprobs, strict=True):
+            assert entry[token].decoded_token == llm.tokenizer.decode([token])  # type: ignore[union-attr]
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    assert [len(times) for times in output.metrics.token_times] == [5, 5, 5]
+    assert llm.stats().live_slots == 0
+
+
 def test_results_come_in_the_order_of_prompts(llm: LLM) -> None:
     prompts = [{"prompt_token_ids": [i]} for i in range(10)]
     params = [SamplingParams(temperature=0, max_tokens=10 - i) for i in range(10)]
@@ -308,7 +376,7 @@ def test_use_after_close(tiny: LoadedModel) -> None:
     llm = LLM(tiny, kv_cache_memory="4MiB", max_model_len=128)
     llm.close()
     llm.close()
-    for use in (lambda: llm.generate("a"), llm.warmup, llm.stats, lambda: llm.engine):
+    for use in (lambda: llm.generate("a"), lambda: llm.chat([]), llm.warmup, llm.stats, lambda: llm.engine):
         with pytest.raises(InvalidRequest, match="closed"):
             use()
 

@@ -1,4 +1,4 @@
-"""The offline front door: a model, its engine, and `generate`."""
+"""The offline front door: a model, its engine, `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any, Self
 import torch
 
 from vattention.cache import CacheStats, KVCache, KVLayout
+from vattention.engine.chat import Message, chat_text
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
-from vattention.engine.outputs import CompletionOutput, RequestOutput
+from vattention.engine.outputs import RequestOutput
 from vattention.engine.request import Request
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import SamplingParams, whole
@@ -128,6 +129,7 @@ class LLM:
                 max_model_len=max_model_len,
                 eos_token_ids=loaded.eos_token_ids,
                 seed=seed,
+                tokenizer=loaded.tokenizer,
             )
             self._announce(layout, budget)
         except BaseException:
@@ -181,23 +183,53 @@ class LLM:
         given = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
         if not isinstance(given, Sequence):
             raise TypeError(f"prompts must be a prompt or a sequence of them, not {type(prompts).__name__}")
-        params = _one_each(sampling_params, len(given))
-        texts, ids = [], []
+        pairs = []
         for i, prompt in enumerate(given):
             with _naming(f"prompt {i}", len(given)):
-                text, token_ids = self._tokenize(prompt)
-                texts.append(text)
-                ids.append(engine.check(token_ids, params[i]))
-        requests: list[Request] = []
-        try:
-            for token_ids, wanted in zip(ids, params, strict=True):
-                requests.append(engine.add_request(token_ids, wanted))
-            _run(engine, requests, use_tqdm)
-        except BaseException:
-            for request in requests:
-                engine.abort(request.request_id)
-            raise
-        return [self._output(request, text) for request, text in zip(requests, texts, strict=True)]
+                pairs.append(self._tokenize(prompt))
+        return self._generate(engine, pairs, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations, put into the model's chat template.
+
+        Args:
+            messages: one conversation, a sequence of `{"role": ..., "content": ...}`, or a sequence of conversations.
+            sampling_params, use_tqdm: as in `generate`.
+            chat_template: in place of the tokenizer's own.
+            add_generation_prompt: begin the answer.
+            template_options: what else the template knows, such as `tools`.
+
+        Returns:
+            One output a conversation, in order; `prompt` is the text that the template made.
+
+        Raises: as `generate`; InvalidRequest where there is no chat template, or it refuses the messages.
+        """
+        engine = self.engine
+        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Any = messages if several and not isinstance(messages, (str, bytes)) else [messages]
+        prompts: list[tuple[str | None, Sequence[int]]] = []
+        for i, conversation in enumerate(conversations):
+            with _naming(f"conversation {i}", len(conversations)):
+                text = chat_text(
+                    self.tokenizer,
+                    conversation,
+                    template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    **template_options,
+                )
+                # The template has written its own special tokens.
+                ids = self._loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # type: ignore[misc]
+                prompts.append((text, ids))
+        return self._generate(engine, prompts, sampling_params, use_tqdm)
 
     def close(self) -> None:
         """Give the memory of the KV cache back. Idempotent; anything but `close` raises InvalidRequest afterwards."""
@@ -213,6 +245,30 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @staticmethod
+    def _generate(
+        engine: Engine,
+        prompts: Sequence[tuple[str | None, Sequence[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """`generate` for prompts that have both a text, where there is one, and token ids."""
+        params = _one_each(sampling_params, len(prompts))
+        ids = []
+        for i, (_, token_ids) in enumerate(prompts):
+            with _naming(f"prompt {i}", len(prompts)):
+                ids.append(engine.check(token_ids, params[i]))
+        requests: list[Request] = []
+        try:
+            for token_ids, wanted in zip(ids, params, strict=True):
+                requests.append(engine.add_request(token_ids, wanted))
+            _run(engine, requests, use_tqdm)
+        except BaseException:
+            for request in requests:
+                engine.abort(request.request_id)
+            raise
+        return [engine.output(request, text) for request, (text, _) in zip(requests, prompts, strict=True)]
 
     def _tokenize(self, prompt: object) -> tuple[str | None, Sequence[int]]:
         """The text, where it was one, and the token ids of a prompt."""
@@ -230,12 +286,6 @@ class LLM:
         if self.tokenizer is None:
             raise InvalidRequest("this model came without a tokenizer: pass prompt_token_ids")
         return prompt, self.tokenizer(prompt, verbose=False).input_ids
-
-    def _output(self, request: Request, text: str | None) -> RequestOutput:
-        tokens = tuple(request.output_token_ids)
-        decoded = "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
-        completion = CompletionOutput(0, decoded, tokens, request.finish_reason)
-        return RequestOutput(request.request_id, text, request.prompt_token_ids, (completion,), request.finished)
 
     def _announce(self, layout: KVLayout, budget: int) -> None:
         """One line about memory on stderr, and a warning where the longest request does not fit."""
@@ -269,9 +319,11 @@ def _run(engine: Engine, requests: Sequence[Request], use_tqdm: bool) -> None:
         left = set(requests)
         while left:
             engine.step()
-            done = {request for request in left if request.finished}
+            done = {request for request in left if request.all_finished}
             left -= done
-            bar.set_postfix_str(f"{sum(len(r.output_token_ids) for r in requests)} tokens", refresh=False)
+            bar.set_postfix_str(
+                f"{sum(len(s.output_token_ids) for r in requests for s in r.family)} tokens", refresh=False
+            )
             bar.update(len(done))
 
 

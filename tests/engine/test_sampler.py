@@ -1,16 +1,24 @@
 """Random numbers that nothing can shift, and tokens drawn in proportion to their probability."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from vattention.engine import sampler
-from vattention.engine.sampler import Row, philox, random_bits, sample, uniform
+from vattention.engine.randomness import philox, random_bits, uniform
+from vattention.engine.sampler import Row, sample
+from vattention.engine.sampling_params import SamplingParams
 from vattention.errors import VAttentionError
 
 
 def words(*values: int) -> list[np.ndarray]:
     return [np.array([value], dtype=np.uint64) for value in values]
+
+
+def row(temperature: float, seed: int, position: int, **options: Any) -> Row:
+    return Row(SamplingParams(temperature=temperature, **options), seed, position)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +45,7 @@ def test_every_part_of_the_name_of_a_number_matters() -> None:
 
 
 def test_uniform_numbers_are_uniform() -> None:
-    rows = [Row(1.0, seed=seed, position=position) for seed in range(100) for position in range(100)]
-    numbers = uniform(rows)
+    numbers = uniform(np.repeat(range(100), 100), [0] * 10_000, [*range(100)] * 100)
     assert ((numbers >= 0) & (numbers < 1)).all()
     counts, _ = np.histogram(numbers, bins=100, range=(0, 1))
     # Chi-square with 99 degrees of freedom: 149 is exceeded once in a thousand; these numbers are always the same.
@@ -49,14 +56,14 @@ def test_uniform_numbers_are_uniform() -> None:
 
 def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [9.0, -1.0, 2.0]])
-    assert sample(logits, [Row(0.0, 0, 1), Row(0.0, 0, 1)]) == [1, 0]
+    assert sample(logits, [row(0.0, 0, 1), row(0.0, 0, 1)]) == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_come_in_proportion(temperature: float) -> None:
     logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -1.0])
     draws = 20_000
-    tokens = sample(logits.expand(draws, -1), [Row(temperature, seed=7, position=i) for i in range(draws)])
+    tokens = sample(logits.expand(draws, -1), [row(temperature, seed=7, position=i) for i in range(draws)])
     counts = torch.bincount(torch.tensor(tokens), minlength=5)
     expected = (logits / temperature).softmax(-1) * draws
     assert counts[2] == 0
@@ -68,16 +75,16 @@ def test_tokens_come_in_proportion(temperature: float) -> None:
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2.0**-53])
 def test_the_ends_of_the_interval(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """No number, however unlikely, picks a token of probability zero."""
-    monkeypatch.setattr(sampler, "uniform", lambda rows: np.full(len(rows), number))
+    monkeypatch.setattr(sampler, "uniform", lambda seeds, *_: np.full(len(seeds), number))
     logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
     expected = 2 if number < 0.5 else 4
-    assert sample(logits, [Row(1.0, 0, 0)]) == [expected]
+    assert sample(logits, [row(1.0, 0, 0)]) == [expected]
 
 
 def test_a_row_does_not_depend_on_its_company() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 50, generator=generator)
-    rows = [Row(temperature, seed=i % 3, position=10 + i) for i, temperature in enumerate([0, 1, 0.3, 0, 5, 1, 1, 0.7])]
+    rows = [row(temperature, seed=i % 3, position=10 + i) for i, temperature in enumerate([0, 1, 0.3, 0, 5, 1, 1, 0.7])]
     together = sample(logits, rows)
     assert together == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
     backwards = sample(logits.flip(0), rows[::-1])
@@ -86,21 +93,21 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 
 def test_extreme_temperatures_do_not_overflow() -> None:
     logits = torch.tensor([[1e4, 1e4 - 1, -1e4]])
-    assert sample(logits, [Row(5e-324, 0, 0)]) == [0]
-    spread = {sample(logits, [Row(1e300, 0, position)])[0] for position in range(50)}
+    assert sample(logits, [row(5e-324, 0, 0)]) == [0]
+    spread = {sample(logits, [row(1e300, 0, position)])[0] for position in range(50)}
     assert spread == {0, 1, 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(dtype: torch.dtype) -> None:
-    assert sample(torch.tensor([[0.0, 20.0]], dtype=dtype), [Row(1.0, 0, 0)]) == [1]
+    assert sample(torch.tensor([[0.0, 20.0]], dtype=dtype), [row(1.0, 0, 0)]) == [1]
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_an_error(damage: float, temperature: float) -> None:
     with pytest.raises(VAttentionError, match="not finite"):
-        sample(torch.tensor([[0.0, damage, 1.0]]), [Row(temperature, 0, 0)])
+        sample(torch.tensor([[0.0, damage, 1.0]]), [row(temperature, 0, 0)])
 
 
 def test_no_rows() -> None:

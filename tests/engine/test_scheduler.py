@@ -4,110 +4,18 @@ The model is a stub whose next token is a hash of every token before it, read fr
 slot's content were lost, mixed up or computed twice in the wrong place, tokens would differ from the closed form.
 """
 
-import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vattention.cache import KVCache, KVLayout
-from vattention.engine.engine import Engine
-from vattention.engine.request import Chunk, Request
+from support.remember import VOCABULARY, engine_with, expected, finish, nothing_is_left
+from vattention.engine.request import Request
 from vattention.engine.sampling_params import SamplingParams
 from vattention.errors import ConfigError, InvalidRequest, OutOfPages
 
-VOCABULARY = 50
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-
-
-def next_token(tokens: Sequence[int]) -> int:
-    return hashlib.blake2b(bytes(tokens), digest_size=2).digest()[0] % VOCABULARY
-
-
-def expected(prompt: Sequence[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
-
-
-class Rememberer:
-    """Stands in for the runner: keeps what was written to each slot, and checks the rules of a pass."""
-
-    def __init__(self, cache: KVCache, max_num_batched_tokens: int) -> None:
-        self.cache = cache
-        self.limit = max_num_batched_tokens
-        self.slots: dict[int, list[int]] = {}
-        self.engine: Engine
-        self.passes = 0
-        self.rows = 0
-        self.fail_at: int | None = None
-
-    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        self.passes += 1
-        if self.passes == self.fail_at:
-            raise RuntimeError("the model broke")
-        running = self.engine.scheduler.running
-        rows = sum(chunk.end - chunk.start for chunk in chunks)
-        self.rows += rows
-        assert 0 < rows <= self.limit
-        assert len({chunk.slot for chunk in chunks}) == len(chunks)
-        # Nobody who could decode is left out for somebody's prompt.
-        assert {c.request for c in chunks} >= {r for r in running if r.remaining == 1}
-        logits = []
-        for chunk in chunks:
-            assert self.cache.length(chunk.slot) == chunk.end
-            if chunk.start == 0:
-                self.slots[chunk.slot] = []
-            content = self.slots[chunk.slot]
-            assert len(content) >= chunk.start
-            del content[chunk.start :]
-            content += chunk.request.tokens(chunk.start, chunk.end)
-            if chunk.samples:
-                logits.append(torch.nn.functional.one_hot(torch.tensor(next_token(content)), VOCABULARY).float())
-        return torch.stack(logits) if logits else torch.empty(0, VOCABULARY)
-
-
-def engine_with(
-    memory: int = 1 << 20, *, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, max_model_len: int = 64
-) -> tuple[Engine, Rememberer, KVCache]:
-    """8 tokens a page, two streams."""
-    cache = KVCache(
-        KVLayout(1, 1, 128, torch.float32, max_num_seqs, max_model_len), memory=memory, page_size=4096, poison=True
-    )
-    runner = Rememberer(cache, max_num_batched_tokens)
-    engine = Engine(
-        runner,  # type: ignore[arg-type]
-        cache,
-        vocab_size=VOCABULARY,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-    )
-    runner.engine = engine
-    return engine, runner, cache
-
-
-def finish(engine: Engine, limit: int = 5_000) -> None:
-    for _ in range(limit):
-        if not engine.unfinished:
-            return
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
-
-
-def nothing_is_left(engine: Engine, cache: KVCache) -> None:
-    assert not engine.unfinished
-    assert not engine.scheduler.running
-    assert not engine.scheduler.waiting
-    assert cache.stats().live_slots == 0
-    assert cache.stats().needed == 0
-    cache.trim()
-    assert cache.stats().created == 0
-
 
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40)
 

@@ -209,8 +209,10 @@ class Recorder:
     def forward(self, chunks: Sequence[Any]) -> torch.Tensor:
         logits = self.runner.forward(chunks)
         self.passes.append([(chunk.request.request_id, chunk.start, chunk.end) for chunk in chunks])
-        for chunk, row in zip((c for c in chunks if c.samples), logits, strict=True):
-            self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone()
+        places = [(chunk, position) for chunk in chunks for position in chunk.wanted]
+        for (chunk, position), row in zip(places, logits, strict=True):
+            if chunk.samples and position == chunk.end - 1:
+                self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone()
         return logits
 
     def of(self, request_id: str) -> torch.Tensor:
@@ -248,7 +250,7 @@ def engine_for(model: LoadedModel, *, max_num_seqs: int = 4, max_model_len: int 
     shape = model.geometry
     ours = {name: options.pop(name) for name in ("head_major", "layers_per_stream", "kv_together") if name in options}
     theirs = {"max_num_batched_tokens": options.pop("max_num_batched_tokens", 64)}
-    theirs |= {name: options.pop(name) for name in ("seed", "eos_token_ids") if name in options}
+    theirs |= {name: options.pop(name) for name in ("seed", "eos_token_ids", "tokenizer") if name in options}
     layout = shape.layout(model.dtype, max_num_seqs, max_model_len, **ours)
     cache = KVCache(layout, **{"memory": "256MiB", **options})
     return Engine(

@@ -89,6 +89,7 @@ def _add_generate(to: Any) -> None:
     add("--max-num-seqs", type=int, metavar="N", help="requests computed at once (16)")
     add("--page-size", metavar="SIZE", help='such as "64KiB" (the cache chooses)')
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens in one forward pass (512)")
+    _add_sampling(parser)
     _add_layout(parser)
 
 
@@ -225,6 +226,28 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    add("--n", type=int, metavar="N", help="answers to each prompt; needs a temperature (1)")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (all)")
+    add("--top-p", type=float, metavar="P", help="sample from the fewest tokens that have this probability (1)")
+    add("--min-p", type=float, metavar="P", help="drop tokens below this share of the most likely one's (0)")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1 against tokens that were there before (1)")
+    add("--presence-penalty", type=float, metavar="X", help="-2 to 2, for each token in the answer (0)")
+    add("--frequency-penalty", type=float, metavar="X", help="-2 to 2, for each time it is there (0)")
+    add("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
+    add("--include-stop-str-in-output", action="store_true", help="end it after that text")
+    add("--min-tokens", type=int, metavar="N", help="tokens to generate at least (0)")
+    add("--ignore-eos", action="store_true", help="go on after the end of the answer")
+    add(
+        "--no-skip-special-tokens",
+        dest="skip_special_tokens",
+        action="store_false",
+        help="show tokens such as <|im_end|> in the answer",
+    )
+    add("--logprobs", type=int, metavar="K", help="show each token's log-probability and those of the K most likely")
+
+
 def _add_layout(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("layout").add_argument
     add("--head-major", action="store_true", help="a stream for each KV head")
@@ -268,6 +291,7 @@ examples:
   vattention generate
   vattention generate --prompt "Why is the sky blue?" --max-tokens 200
   vattention generate ./my-model --no-chat --prompt "Once upon a time" --temperature 0.8 --seed 7
+  vattention generate --prompt "Name a colour." --n 3 --temperature 1 --top-p 0.9 --stop "."
   vattention generate --prompt-file question.txt --kv-cache-memory 256MiB --page-size 4KiB
 """
 

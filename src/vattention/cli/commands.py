@@ -7,13 +7,21 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vattention.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vattention.engine.outputs import CompletionOutput
 
 _DEMO_PROMPT = "What is the capital of France?"
 _LAYOUT = ("head_major", "layers_per_stream", "kv_together")
 _CAPACITY = ("max_model_len", "max_num_seqs", "kv_cache_memory", "page_size", "max_num_batched_tokens")
+
+_SAMPLING = (
+    *("n", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("stop", "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "logprobs"),
+)
 
 T = TypeVar("T")
 
@@ -29,7 +37,7 @@ def generate(args: argparse.Namespace) -> int:
     from vattention.llm import LLM
     from vattention.memory.sizes import format_size
 
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, **_given(args, _SAMPLING))
     flags = _given(args, (*_CAPACITY, *_LAYOUT))
     loaded = load_model(args.model, dtype=args.dtype, max_model_len=flags.get("max_model_len"))
     with LLM(loaded, seed=args.seed, **flags) as llm:
@@ -47,14 +55,27 @@ def generate(args: argparse.Namespace) -> int:
         finally:
             hook.remove()
     for prompt, output in zip(prompts, outputs, strict=True):
-        answer = output.outputs[0]
-        counts = f"{len(output.prompt_token_ids)} tokens in, {len(answer.token_ids)} out: {answer.finish_reason}"
-        print(f"Prompt: {prompt}\nAnswer: {answer.text.strip()}\n({counts})\n")
+        print(f"Prompt: {prompt}")
+        for answer in output.outputs:
+            _show(answer, len(output.prompt_token_ids), numbered=len(output.outputs) > 1)
+        print()
     print(
         f"KV cache at its fullest: {format_size(fullest.reserved)} reserved, {format_size(fullest.created)} created,"
         f" {format_size(fullest.mapped)} mapped, {format_size(fullest.needed)} needed"
     )
     return 0
+
+
+def _show(answer: CompletionOutput, tokens_in: int, *, numbered: bool) -> None:
+    """One sample, and a line about it; a line a token where log-probabilities were asked for."""
+    print(f"Answer{f' {answer.index + 1}' if numbered else ''}: {answer.text.strip()}")
+    counts = f"{tokens_in} tokens in, {len(answer.token_ids)} out: {answer.finish_reason}"
+    stop = "" if answer.stop_reason is None else f" at {answer.stop_reason!r}"
+    total = "" if answer.cumulative_logprob is None else f", log-probability {answer.cumulative_logprob:.3f}"
+    print(f"({counts}{stop}{total})")
+    for entry in answer.logprobs or ():
+        parts = (f"{said.decoded_token!r} {said.logprob:.3f} (rank {said.rank})" for said in entry.values())
+        print("  " + ", ".join(parts))
 
 
 def _as_chat(tokenizer: Any, prompt: str, chat: bool | None) -> Any:
@@ -63,13 +84,14 @@ def _as_chat(tokenizer: Any, prompt: str, chat: bool | None) -> Any:
     Raises:
         ConfigError: `chat` is True and the model has none.
     """
+    from vattention.engine.chat import chat_text
+
     template = getattr(tokenizer, "chat_template", None)
     if chat and not template:
         raise ConfigError("this model has no chat template: leave --chat out")
     if chat is False or not template:
         return prompt
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    text = chat_text(tokenizer, [{"role": "user", "content": prompt}])
     # The template has written its own special tokens.
     return {"prompt_token_ids": tokenizer(text, add_special_tokens=False, verbose=False).input_ids}
 

@@ -33,24 +33,24 @@ class Runner:
         """Compute `chunks`, whose tokens must have pages behind them.
 
         Returns:
-            Logits `[n, vocabulary]`, a row for each chunk that `samples`, in order.
+            Logits `[n, vocabulary]`, a row for each position that a chunk has `wanted`, in order: one for each chunk
+            that `samples`, and those of prompts whose log-probabilities were asked for.
         """
         tokens: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
-        last_rows: list[int] = []
+        wanted_rows: list[int] = []
         for chunk in chunks:
             segments.append(Segment(chunk.slot, len(tokens), chunk.end - chunk.start, chunk.end))
             tokens += chunk.request.tokens(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
-            if chunk.samples:
-                last_rows.append(len(tokens) - 1)
+            wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
         batch = AttentionBatch.build(segments, self._layers, self._kernel)
         output = self._model(
             input_ids=torch.tensor([tokens], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
-            logits_to_keep=torch.tensor(last_rows, dtype=torch.int64, device=self._device),
+            logits_to_keep=torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
             **{NAME: batch},
         )
         logits: torch.Tensor = output.logits[0]

@@ -10,6 +10,8 @@ never the one to give way, so somebody always gets to the end: no starvation, no
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 
 from vattention.cache import KVCache
 from vattention.engine.request import Chunk, Request
@@ -42,6 +44,32 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. It must be one that can fit when it is alone."""
         self.waiting.append(request)
+
+    def branch(self, request: Request, others: Sequence[Request]) -> None:
+        """Start other samples of a running request: each continues the tokens that `request` has computed.
+
+        Where a slot and memory are at hand, what is computed is shared (`KVCache.fork`). The others are queued before
+        everybody, as they came before everybody there, and compute it again.
+
+        Raises:
+            DriverError: from forking; `others` may have slots then, or be queued.
+        """
+        place = self.running.index(request)
+        assert request.slot is not None
+        queued: list[Request] = []
+        for other in others:
+            slot = None
+            if not queued and len(self.running) < self._max_num_seqs:
+                with suppress(OutOfPages):
+                    slot = self._cache.fork(request.slot)
+            if slot is None:
+                queued.append(other)
+                continue
+            other.slot, other.computed = slot, request.computed
+            place += 1
+            # Beside the one it came with: who came later makes room first, and only the last may be at its prompt.
+            self.running.insert(place, other)
+        self.waiting.extendleft(reversed(queued))
 
     def release(self, request: Request) -> None:
         """Take a request out, wherever it is, and give its slot back. What it has generated stays with it."""
