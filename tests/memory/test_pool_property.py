@@ -86,7 +86,6 @@ class PoolMachine(RuleBasedStateMachine):
     def free_runs_are_whole_and_extents_know_what_is_in_them(self) -> None:
         free = {page for page, count in self.pool._refs.items() if not count}
         runs = self.pool._free_runs
-        assert pages_of([Run(start, pages) for start, pages in runs.items()]).sort() == sorted(free).sort()
         assert {page for start, pages in runs.items() for page in pages_of([Run(start, pages)])} == free
         for start, pages in runs.items():
             assert pages > 0
@@ -350,9 +349,8 @@ class ReservationMachine(RuleBasedStateMachine):
 
     @rule()
     def trim(self) -> None:
-        free = self.pool.stats().free
         if self._attempt(self.pool.trim):
-            assert self.pool.stats().free == 0 or not free
+            assert self.pool.stats().free == 0
 
     @rule(which=few, place=st.integers(-3, PLACES + 3), pages=st.integers(-2, PLACES + 3))
     def outside(self, which: int, place: int, pages: int) -> None:

@@ -316,14 +316,14 @@ class Backing:
 
         What a wanted slot inherited may be in more pieces than what it then gets.
         """
-        order = sorted(set(range(len(self.slots))) - set(wanted), key=lambda number: self.slots[number].live)
-        for number in (*order, None):
+        others = sorted(set(range(len(self.slots))) - set(wanted), key=lambda number: self.slots[number].live)
+        for group in (*([number] for number in others), list(wanted)):
             free = self.pool.driver.mappings.free
             if free is None or free >= mappings:
                 return
-            for emptied in wanted if number is None else (number,):
-                if not self.slots[emptied].length:
-                    self.release(emptied)
+            for number in group:
+                if not self.slots[number].length:
+                    self.release(number)
 
     # -- checking -------------------------------------------------------------------------------------------------
 

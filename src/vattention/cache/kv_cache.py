@@ -68,8 +68,10 @@ class KVCache:
     ) -> None:
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
-        if torch.device(device).type != "cpu":
+        if _device_type(device) != "cpu":
             raise ConfigError(f'device {str(device)!r} is not supported yet: use "cpu"')
+        if pool is not None and not isinstance(pool, PagePool):
+            raise TypeError(f"pool must be a PagePool, not {type(pool).__name__}")
         if pool is None:
             pool, own_driver = _new_pool(layout, memory, page_size, guard)
         else:
@@ -522,6 +524,13 @@ def _integer(value: SupportsIndex, what: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{what} must be an integer, not {type(value).__name__}") from None
+
+
+def _device_type(device: str | torch.device) -> str:
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:  # a string that names no device
+        raise ConfigError(f"device {device!r}: {error}") from None
 
 
 def _new_pool(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vattention.errors import ConfigError
+from vattention.errors import ConfigError, InvalidRequest
 
 _ALIGNMENT = 2 << 20  # streams start and end at multiples of this, so that any usual page divides them
 
@@ -96,9 +96,16 @@ class KVLayout:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         self._check_shapes()
-        if self.size >= 1 << 47:
+        # First without listing the streams, of which an absurd layout has more than there is memory for.
+        assert self.layers_per_stream is not None
+        groups = -(-self.num_layers // self.layers_per_stream)
+        streams = groups * (1 if self.kv_together else 2) * (self.num_kv_heads if self.head_major else 1)
+        size = streams * _ALIGNMENT * self.max_num_seqs
+        if size < 1 << 47:
+            size = self.size
+        if size >= 1 << 47:
             raise ConfigError(
-                f"{self.max_num_seqs} slots of {self.max_model_len} tokens need {self.size / 2**40:.0f} TiB of "
+                f"{self.max_num_seqs} slots of {self.max_model_len} tokens need {size >> 40} TiB of "
                 "addresses, and a process has 128: lower max_num_seqs or max_model_len"
             )
 
@@ -146,6 +153,7 @@ class KVLayout:
 
     def view(self, layer: int, which: int) -> View:
         """K (`which` 0) or V (1) of `layer`, of shape [max_num_seqs, padded_len, heads, width] of that layer."""
+        self._check_layer(layer, which)
         number, first = 0, 0  # the group of the layer, and the number of its first stream
         while layer not in self._groups[number]:
             first += len(self._group_bytes(self._groups[number]))
@@ -165,8 +173,13 @@ class KVLayout:
 
     def narrow(self, layer: int, which: int, view: torch.Tensor) -> torch.Tensor:
         """K or V of `layer` as the cache gives it, without what other layers have more: heads and width of its own."""
+        self._check_layer(layer, which)
         shape = self._shape(layer)
         return view[:, :, : shape.num_kv_heads, : shape[1 + which]]
+
+    def _check_layer(self, layer: int, which: int) -> None:
+        if not 0 <= layer < self.num_layers or which not in (0, 1):
+            raise InvalidRequest(f"layer {layer}, {which} is not K (0) or V (1) of one of {self.num_layers} layers")
 
     def _shape(self, layer: int) -> LayerShape:
         if self.shapes is None:

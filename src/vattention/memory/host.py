@@ -104,6 +104,8 @@ class HostDriver:
     def create(self, size: int, at: int | None = None, room: int = 0) -> int:
         """Allocate a range of the memfd, so that running out is an error here and not a SIGBUS in a kernel."""
         handle = self._top if at is None else at
+        if handle + size > _FILE_SIZE:
+            raise DriverError("create", errno.EFBIG, "the physical address space is used up: open a new driver")
         try:
             self._check_headroom(size)
             libc.allocate(self._fd, handle, size)

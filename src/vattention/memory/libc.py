@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 
@@ -37,6 +38,8 @@ def _check(failed: bool) -> None:
 
 def map_nothing(address: int | None, size: int, protection: int) -> int:
     """Private anonymous addresses that no memory is set aside for; over `address` when one is given."""
+    if size >> 63:  # ctypes would cut it off
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     flags = _PRIVATE | _ANONYMOUS | _NORESERVE | (0 if address is None else _FIXED)
     result = _mmap(address, size, protection, flags, -1, 0)
     _check(result == _FAILED)

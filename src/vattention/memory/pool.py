@@ -258,7 +258,8 @@ class PagePool:
 
     def _run_deferred(self) -> None:
         while self._deferred:
-            self._deferred.popleft()()
+            self._deferred[0]()  # when it fails it stays, and is tried again
+            self._deferred.popleft()
 
     def _whole_pages(self, budget: SupportsIndex) -> int:
         budget = operator.index(budget)
@@ -369,16 +370,19 @@ class PagePool:
         `keep`: free pages behind the run that the caller is about to use.
         """
         size = pages * self.page_size
-        piled = min(pages, self._free - self._budget // _SPARE_SHARE - (keep.pages if keep else 0))
-        self._release_free(max(0, len(self._refs) + pages - self._budget, piled), keep)
+        kept = keep.pages if keep else 0
+        piled = min(pages, self._free - self._budget // _SPARE_SHARE - kept)
+        released = max(0, len(self._refs) + pages - self._budget, piled)
+        self._release_free(released, keep)
         try:
             handle = self.meter.create(size, at, room * self.page_size)
         except DriverError as error:
             if not error.out_of_memory:
                 raise
-            if not self.driver.linear or self._free < pages + (keep.pages if keep else 0):
+            rest = pages - released  # the machine has less than the budget: make as much free as this takes
+            if not self.driver.linear or rest <= 0 or self._free < rest + kept:
                 raise OutOfPages(pages, self._free, hint=str(error)) from error
-            self._release_free(pages, keep)
+            self._release_free(rest, keep)
             try:
                 handle = self.meter.create(size, at, room * self.page_size)
             except DriverError as again:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
+from typing import SupportsIndex
 
 import torch
 
@@ -27,7 +29,8 @@ class Reservation:
         OutOfPages: the mapping limit is reached.
     """
 
-    def __init__(self, pool: PagePool, size: int) -> None:
+    def __init__(self, pool: PagePool, size: SupportsIndex) -> None:
+        size = operator.index(size)
         if size <= 0 or size % pool.page_size:
             raise ValueError(f"size {size} must be a positive multiple of the page size {pool.page_size}")
         self.pool = pool
@@ -53,11 +56,13 @@ class Reservation:
 
     def runs(self, index: int, pages: int) -> list[Run]:
         """The mapped pages of [index, index + pages), in order, as runs."""
+        index, pages = self._range(index, pages)
         places = range(index, index + pages)
         return _as_runs((self._table[place] for place in places if place in self._table), self._step)
 
     def mappings_of(self, index: int, pages: int) -> int:
         """Mappings that unmapping [index, index + pages) would give back; negative where it leaves a hole in a run."""
+        index, pages = self._range(index, pages)
         return -self._change(index, [None] * pages)
 
     def tensor(self, offset: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -79,9 +84,9 @@ class Reservation:
             ValueError: the pages would not lie in the range. The caller keeps them.
         """
         self._check_open()
-        runs = list(runs)
+        runs = [Run(*run) for run in runs]
         pages = [page for run in runs for page in range(run.handle, run.handle + run.pages * self._step, self._step)]
-        self._check_range(index, len(pages))
+        index, _ = self._range(index, len(pages))
         if pages:
             with self.pool.lock:
                 self._place(index, pages, runs)
@@ -135,7 +140,7 @@ class Reservation:
     def alias(self, source: int, index: int, pages: int) -> None:
         """Map the pages at `source` a second time, from `index` on. Raises as `map` does, with nothing changed."""
         self._check_open()
-        self._check_range(index, pages)
+        index, pages = self._range(index, pages)
         with self.pool.lock:
             runs = self.runs(source, pages)
             if sum(run.pages for run in runs) != pages:
@@ -151,7 +156,7 @@ class Reservation:
                 pages are in quarantine until a later map, unmap, `settle` or `close` over the range succeeds.
         """
         self._check_open()
-        self._check_range(index, pages)
+        index, pages = self._range(index, pages)
         with self.pool.lock:
             removed = {place: self._table[place] for place in range(index, index + pages) if place in self._table}
             if not removed and not any(index <= place < index + pages for place in self._stuck):
@@ -228,10 +233,12 @@ class Reservation:
     def _at(self, index: int) -> int:
         return self.address + index * self._step
 
-    def _check_range(self, index: int, pages: int) -> None:
-        """The driver maps over whatever is there, so a place outside would be somebody else's memory."""
+    def _range(self, index: SupportsIndex, pages: SupportsIndex) -> tuple[int, int]:
+        """Both as ints. The driver maps over whatever is there, so a place outside would be somebody else's memory."""
+        index, pages = operator.index(index), operator.index(pages)
         if index < 0 or pages < 0 or index + pages > self.size // self._step:
             raise ValueError(f"pages {index}..{index + pages} are not all among the {self.size // self._step} reserved")
+        return index, pages
 
     def _check_open(self) -> None:
         if self.closed:

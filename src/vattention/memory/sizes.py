@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from fractions import Fraction
 from typing import SupportsIndex
 
 from vattention.errors import ConfigError
@@ -17,7 +18,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: str | SupportsIndex, what: str = "size") -> int:
-    """Bytes in `value`: an int, or a string like "2GiB", "512 MiB", "1.5G" (binary) or "2GB" (decimal).
+    """Bytes in `value`: an int, or a string like "2GiB", "512 MiB", "1.5GiB" (binary) or "2GB" (decimal).
 
     Raises:
         ConfigError: not a size, zero or negative. TypeError: neither a string nor an integer.
@@ -27,7 +28,7 @@ def parse_size(value: str | SupportsIndex, what: str = "size") -> int:
         unit = _UNITS.get(match.group(2).lower()) if match else None
         if match is None or unit is None:
             raise ConfigError(f'{what} {value!r} is not a size: write bytes, or a string like "2GiB"')
-        size = int(float(match.group(1)) * unit)
+        size = int(Fraction(match.group(1)) * unit)  # a float would round what is larger than 8 PiB
     elif isinstance(value, bool):
         raise TypeError(f"{what} must be bytes or a string like '2GiB', not a bool")
     else:
