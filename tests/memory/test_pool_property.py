@@ -23,10 +23,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
 from support import kernel
 from support.device import DeviceDriver
 from support.faults import Fault, FaultyDriver
-
 from vattention.errors import ConfigError, DriverError, OutOfPages
 from vattention.memory import HostDriver, MappingBudget, PagePool, Reservation, Run
 
@@ -309,9 +309,10 @@ class ReservationMachine(RuleBasedStateMachine):
         if None in wanted:
             with pytest.raises(ValueError, match="not all mapped"):
                 reservation.alias(source, place, pages)
-        elif not (set(range(source, source + pages)) & set(reservation._stuck)):
-            if self._attempt(reservation.alias, source, place, pages):
-                table.update(zip(range(place, place + pages), wanted, strict=True))
+        elif not (set(range(source, source + pages)) & set(reservation._stuck)) and self._attempt(
+            reservation.alias, source, place, pages
+        ):
+            table.update(zip(range(place, place + pages), wanted, strict=True))
 
     @rule(which=few, place=many, pages=many)
     def unmap(self, which: int, place: int, pages: int) -> None:
