@@ -45,6 +45,20 @@ LAYOUTS = {
     "sliced, K and V together": KVLayout(3, 2, 48, torch.float32, 3, 50, layers_per_stream=2, kv_together=True),
     "all layers in one stream": KVLayout(3, 1, 24, torch.float64, 5, 64, layers_per_stream=None, kv_together=True),
     "a token takes more than a page": KVLayout(2, 3, 480, torch.float32, 3, 12),
+    "layers that differ": KVLayout(
+        3, 3, 96, torch.float32, 3, 60, layers_per_stream=2, shapes=((3, 32, 96), (1, 96, 64), (2, 64, 48))
+    ),
+    "layers that differ, together": KVLayout(
+        3,
+        2,
+        96,
+        torch.bfloat16,
+        3,
+        90,
+        layers_per_stream=None,
+        kv_together=True,
+        shapes=((2, 32, 96), (1, 96, 8), (2, 9, 9)),
+    ),
     "large tokens": KVLayout(1, 4, 512, torch.float32, 4, 48),
 }
 

@@ -35,13 +35,13 @@ class Mirror:
         self.tokens: dict[int, np.ndarray] = {}
         layout = cache.layout
         as_integer, self._type = _INTEGERS[layout.dtype.itemsize]
-        shape = (layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
-        codes = np.random.default_rng(layout.num_layers).integers(0, 2**63, shape, dtype=np.uint64)
-        self._views = [
-            (view.view(as_integer).numpy().view(self._type), codes[layer, which].astype(self._type))
-            for layer in range(layout.num_layers)
-            for which, view in enumerate(cache.layer(layer))
-        ]
+        random = np.random.default_rng(layout.num_layers)
+        self._views: list[tuple[np.ndarray, np.ndarray]] = []
+        for layer in range(layout.num_layers):
+            for which, wide in enumerate(cache.layer(layer)):
+                view = layout.narrow(layer, which, wide)
+                codes = random.integers(0, 2**63, view.shape[2:], dtype=np.uint64)
+                self._views.append((view.view(as_integer).numpy().view(self._type), codes.astype(self._type)))
 
     def forget(self) -> None:
         """Let go of everything that keeps the cache's addresses alive."""

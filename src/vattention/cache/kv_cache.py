@@ -218,7 +218,7 @@ class KVCache:
         Raises InvalidRequest where `step` would. It cannot foresee a failing driver or another cache on the pool.
         """
         with self._owned():
-            wanted = self._checked(lengths or {})
+            wanted = self._checked({} if lengths is None else lengths)
             plan = self._plan(wanted)
             idle = sum(not slot.live for slot in self._slots)
             for tokens in new:

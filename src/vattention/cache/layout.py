@@ -83,6 +83,9 @@ class KVLayout:
             raise TypeError(f"dtype must be a torch.dtype, not {self.dtype!r}")
         if not self.dtype.is_floating_point:
             raise ConfigError(f"dtype must be a floating point type, not {self.dtype}")
+        for name in ("head_major", "kv_together"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.layers_per_stream is None:
             object.__setattr__(self, "layers_per_stream", self.num_layers)
         for name in (field.name for field in fields(self) if field.type in ("int", "int | None")):

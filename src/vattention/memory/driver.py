@@ -36,6 +36,11 @@ class MappingBudget:
         self.used = 0
         self._lock = threading.RLock()  # a finalizer may charge in the middle of a charge
 
+    def forget(self) -> None:
+        """Begin anew, in a child process: what was charged is not there, nor who may hold the lock."""
+        self.used = 0
+        self._lock = threading.RLock()
+
     @property
     def free(self) -> int | None:
         """Mappings that may still be added, or None where there is no limit."""

@@ -200,7 +200,7 @@ def _address_advice() -> str:
 
 def _forget_after_fork() -> None:
     """In a child, leave no way to the parent's pages: nobody there counts what it would touch or give back."""
-    _mappings.used = 0
+    _mappings.forget()
     for driver in list(_live):
         for range_ in driver._ranges:
             libc.map_nothing(range_.address, range_.size, libc.PROT_NONE)

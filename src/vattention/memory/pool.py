@@ -10,13 +10,15 @@ extents, as many of them are released as are created here.
 from __future__ import annotations
 
 import collections
+import contextlib
 import operator
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, SupportsIndex
 
-from vattention.errors import ConfigError, DriverError, OutOfPages
+from vattention.errors import ConfigError, DriverError, InvalidRequest, OutOfPages
 from vattention.memory.driver import Driver
 from vattention.memory.extents import Extents
 from vattention.memory.meter import Meter
@@ -74,7 +76,7 @@ class PagePool:
         self.driver = driver
         self.meter = Meter(driver)
         self.page_size = page_size
-        self.lock = threading.RLock()
+        self.lock: contextlib.AbstractContextManager[object] = threading.RLock()
         self._budget = self._whole_pages(budget)
         self._refs: dict[int, int] = {}  # every created page, 0 when free
         self._stuck: dict[int, int] = {}  # page -> references whose unmapping failed
@@ -84,6 +86,7 @@ class PagePool:
         self._extents = Extents(page_size)
         self._deferred: collections.deque[Callable[[], None]] = collections.deque()
         self._holders: list[weakref.ref[Holder]] = []
+        _live.add(self)
 
     # -- numbers ------------------------------------------------------------------------------------------------
 
@@ -129,6 +132,8 @@ class PagePool:
         if pages < 0:
             raise ValueError(f"pages must not be negative, got {pages}")
         with self.lock:
+            if after is not None and not self._refs.get(operator.index(after)):
+                raise ValueError(f"there is no page in use at {after!r} to go on behind")
             if pages > self.available:
                 raise OutOfPages(pages, self.available)
             runs: list[Run] = []
@@ -167,7 +172,7 @@ class PagePool:
 
     def _used_pages(self, run: Run) -> range:
         """The pages of `run`, each of which must have a reference."""
-        handle, pages = run
+        handle, pages = map(operator.index, run)
         used = range(handle, handle + pages * self.page_size, self.page_size)
         if pages < 0 or not all(map(self._refs.get, used)):
             raise ValueError(
@@ -177,6 +182,7 @@ class PagePool:
 
     def continues(self, after: int, pages: int) -> int:
         """How many of `pages` pages `take(pages, after=after)` would find right behind `after`."""
+        after, pages = operator.index(after), operator.index(pages)
         with self.lock:
             return self._room_at(after + self.page_size, pages) if self.driver.linear else 0
 
@@ -427,3 +433,24 @@ class PagePool:
                 del self._refs[released]
             if self.driver.linear:
                 self._extents.count_released(handle, step)
+
+
+_live: weakref.WeakSet[PagePool] = weakref.WeakSet()
+
+
+class _OthersLock(contextlib.AbstractContextManager[object]):
+    """The lock of a parent's pool in a child, where whoever held it at the fork is not there to let it go."""
+
+    def __enter__(self) -> object:
+        raise InvalidRequest("this memory belongs to the parent process: open a new pool after fork")
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def _forget_after_fork() -> None:
+    for pool in list(_live):
+        pool.lock = _OthersLock()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

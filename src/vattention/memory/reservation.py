@@ -81,12 +81,14 @@ class Reservation:
         Raises:
             DriverError, OutOfPages (of mappings): the range is as it was. Pages that could not be unmapped again are
                 in quarantine.
-            ValueError: the pages would not lie in the range. The caller keeps them.
+            ValueError: the pages would not lie in the range, or are not in use. The caller keeps what it has.
         """
         self._check_open()
         runs = [Run(*run) for run in runs]
         pages = [page for run in runs for page in range(run.handle, run.handle + run.pages * self._step, self._step)]
         index, _ = self._range(index, len(pages))
+        if not all(map(self.pool.references, pages)):
+            raise ValueError("pages that are not in use cannot be mapped: take them from this pool first")
         if pages:
             with self.pool.lock:
                 self._place(index, pages, runs)

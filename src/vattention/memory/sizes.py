@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from decimal import Decimal
 from fractions import Fraction
 from typing import SupportsIndex
 
@@ -43,7 +44,7 @@ def parse_size(value: str | SupportsIndex, what: str = "size") -> int:
 
 def format_size(size: int) -> str:
     """`size` bytes for people: 1536 -> "1.5 KiB"."""
-    value = float(size)
+    value = Decimal(size)  # which no size is too large for
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
             return f"{value:.4g} {unit}"
