@@ -77,10 +77,11 @@ class Backing:
         self.layout = layout
         self.pool = pool
         self.page_size = pool.page_size
-        self.reservation = Reservation(pool, layout.size)
+        whole_pages = -(-layout.size // self.page_size) * self.page_size
+        self.reservation = Reservation(pool, whole_pages)
         self.slots = [Slot(len(layout.streams)) for _ in range(layout.max_num_seqs)]
         self._room = [stream.size // self.page_size for stream in layout.streams]
-        self._bytes = self.reservation.tensor(0, (layout.size,), (1,), torch.uint8)
+        self._bytes = self.reservation.tensor(0, (whole_pages,), (1,), torch.uint8)
 
     def close(self) -> None:
         """Give every page back, and the addresses once the last tensor over them dies.
