@@ -358,7 +358,7 @@ class KVCache:
             mapped = self._backing.mapped_pages(live) * page
             needed = sum(slot.length for slot in live) * self.layout.bytes_per_token
             return CacheStats(
-                reserved=self._backing.reservation.size,
+                reserved=self.layout.size,
                 budget=pool.budget * page,
                 created=pool.created * page,
                 mapped=mapped,
