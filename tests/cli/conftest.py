@@ -1,17 +1,12 @@
 import io
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from support.chat_models import save
 from support.models import tiny_model
-from support.tokenizers import byte_level
 from vattention.cli import main
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -19,15 +14,6 @@ def bare_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model without a tokenizer."""
     path = tmp_path_factory.mktemp("bare")
     tiny_model().save_pretrained(path)
-    return str(path)
-
-
-def save(path: Path, *, template: str | None = TEMPLATE, **changes: object) -> str:
-    """A small random model with a byte-level tokenizer, in a directory."""
-    tokenizer = byte_level()
-    tokenizer.chat_template = template
-    tiny_model(vocab_size=len(tokenizer), **changes).save_pretrained(path)
-    tokenizer.save_pretrained(path)
     return str(path)
 
 
@@ -40,7 +26,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tireless(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with so many positions that an answer may go on for minutes."""
-    return save(tmp_path_factory.mktemp("tireless"), max_position_embeddings=1 << 20)
+    return save(tmp_path_factory.mktemp("tireless"), max_position_embeddings=1 << 16)
 
 
 @pytest.fixture

@@ -143,6 +143,7 @@ class Conversation:
             "retry": self._retry,
             "undo": self._undo,
             "reset": self._reset,
+            "quit": lambda: None,  # `take` knows it
         }
         if name in with_text:
             with_text[name](rest)

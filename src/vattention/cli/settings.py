@@ -71,17 +71,21 @@ class Settings:
         return [*(self.shown(name) for name in self._values), f"stats {json.dumps(self.stats)}"]
 
 
+_FORMS = {"stop_token_ids": "a list such as [1, 2]", "logit_bias": 'an object such as {"5": -10}'}
+
+
 def _value(name: str, text: str) -> Any:
     """A value as it is written: a number, a word such as on or none, JSON, or text as it is for `stop`."""
     if text.lower() in _WORDS:
-        return _WORDS[text.lower()] if text.lower() != "none" or name != "stop_token_ids" else ()
+        return () if text.lower() == "none" and name == "stop_token_ids" else _WORDS[text.lower()]
     try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    if name == "stop":
-        return text
-    expected = {"stop_token_ids": "a list such as [1, 2]", "logit_bias": 'an object such as {"5": -10}'}
-    kind = SamplingParams.__dataclass_fields__[name].default
-    fallback = "on or off" if isinstance(kind, bool) else "a number"
-    raise InvalidRequest(f"{name} must be {expected.get(name, fallback)}, not {text!r}")
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if name == "stop":
+            return text
+        value = None
+    if value is None or (name == "stop_token_ids" and not isinstance(value, list)):
+        switch = isinstance(SamplingParams.__dataclass_fields__[name].default, bool)
+        form = _FORMS.get(name, "on or off" if switch else "a number")
+        raise InvalidRequest(f"{name} must be {form}, not {text!r}")
+    return value
