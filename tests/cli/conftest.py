@@ -36,6 +36,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     def run(command: list[str], text: str | bytes = b"") -> tuple[int, str, str]:
         content = text.encode() if isinstance(text, str) else text
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        capfd.readouterr()  # what making a model has said
         code = main(command)
         out, err = capfd.readouterr()
         return code, out, err
