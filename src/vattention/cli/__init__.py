@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vattention.cli.arguments import parser
-from vattention.cli.options import USAGE
+from vattention.cli.options import USAGE, no_bars
 from vattention.errors import VAttentionError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell says of a process that SIGINT or SIGPIPE has ended
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may have characters that the terminal has not
+    if not sys.stderr.isatty():
+        no_bars()
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -18,6 +18,7 @@ from vattention.cli.options import (
     add_model,
     add_sampling,
     given,
+    no_bars,
     open_llm,
 )
 from vattention.cli.prompts import chat_ids, has_template, sampling_params
@@ -67,6 +68,8 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Continue prompts; the last line says what the KV cache took at its fullest."""
     prompts = _prompts(args)
+    if args.quiet:
+        no_bars()
     named = given(args, (*SAMPLING, "n", "logprobs", "prompt_logprobs"))
     sampling = {"temperature": 0.0, "max_tokens": _MAX_TOKENS, **named}
     params = sampling_params(sampling)

@@ -98,6 +98,11 @@ def add_checks(parser: argparse.ArgumentParser) -> None:
     add("--poison", action="store_true", help="NaN past the tokens before every pass (slow with large pages)")
 
 
+def no_bars() -> None:
+    """Progress bars off, those of transformers included. To be called before anything imports tqdm."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 def open_llm(args: argparse.Namespace, **options: Any) -> LLM:
     """The model and engine that `args` describe; `options` of `LLM` where a command has its own mind.
 
