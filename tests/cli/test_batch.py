@@ -404,3 +404,21 @@ def test_a_pipe_is_answered_line_by_line_and_an_interrupt_keeps_what_is_done(tir
     assert process.returncode == 130
     assert [json.loads(line)["id"] for line in out.splitlines()] == [4]
     assert err.splitlines()[1:] == [b"vattention: interrupted"]
+
+
+def test_progress_is_shown_to_a_terminal_unless_it_is_to_be_quiet(
+    chatty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in", {"prompt": "a"}, {"prompt": "b"})
+    command = ["generate", chatty, "--max-tokens", "1", "--input", source]
+    assert main([*command, "--output", str(tmp_path / "no-terminal")]) == 0
+    assert "Requests:" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*command, "--output", str(tmp_path / "terminal")]) == 0
+    seen = capsys.readouterr().err
+    assert "Requests: 2request" in seen
+    assert "2 answered, 0 failed\nKV cache at its fullest: " in seen
+    assert main([*command, "--output", str(tmp_path / "quiet"), "--quiet"]) == 0
+    seen = capsys.readouterr().err
+    assert "Requests:" not in seen
+    assert "KV cache at its fullest" not in seen
