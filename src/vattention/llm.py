@@ -144,6 +144,11 @@ class LLM:
         return self._engine
 
     @property
+    def model(self) -> torch.nn.Module:
+        """The network of transformers, its attention replaced by ours; for callers that hook into its passes."""
+        return self._loaded.model
+
+    @property
     def tokenizer(self) -> Any | None:
         """The tokenizer of transformers, or None for a model that came without."""
         return self._loaded.tokenizer

@@ -42,6 +42,7 @@ class GrowthBench:
 
     model: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     requests: int = 8
     prompt_tokens: int = 128
     output_tokens: int = 128
@@ -83,7 +84,12 @@ def run(options: GrowthBench) -> int:
     check_writable(options.json)
     if min(options.requests, options.prompt_tokens, options.rounds) < 1 or options.output_tokens <= _OTHER_STEPS:
         raise ConfigError(f"requests, prompt tokens and rounds: at least 1; output tokens: more than {_OTHER_STEPS}")
-    loaded = load_model(options.model, dtype=options.dtype, max_model_len=options.engine.max_model_len)
+    loaded = load_model(
+        options.model,
+        dtype=options.dtype,
+        max_model_len=options.engine.max_model_len,
+        trust_remote_code=options.trust_remote_code,
+    )
     # No slot for others, so that no idle one is mapped ahead; all prompts in one pass, so that all decode together.
     engine_options = replace(
         options.engine,
