@@ -318,7 +318,9 @@ def _run(engine: Engine, requests: Sequence[Request], use_tqdm: bool) -> None:
     with tqdm(total=len(requests), desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
         left = set(requests)
         while left:
-            engine.step()
+            for sample in engine.step():
+                if sample.error is not None and sample.family[0] in left:
+                    raise sample.error
             done = {request for request in left if request.all_finished}
             left -= done
             bar.set_postfix_str(

@@ -103,12 +103,22 @@ class Engine:
         return prompt
 
     def add_request(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> Request:
         """Queue a request; `step` moves it on, and the returned object shows how far it is.
 
+        Args:
+            request_id: None: a new one.
+            priority: requests with a lower number are served earlier, equal ones in order of arrival.
+
         Raises: as `check`, and InvalidRequest for a `request_id` that is in use.
         """
+        priority = whole("priority", priority, at_least=-(2**63), below=2**63)
         prompt = self.check(prompt_token_ids, params)
         name = str(self._added) if request_id is None else request_id
         if name in self._requests:
@@ -120,7 +130,9 @@ class Engine:
         family: list[Request] = []
         now, since_epoch = time.monotonic(), time.time()
         for sample in range(params.n):
-            request = Request(name, prompt, params, seed, sample, ends, family, arrival=now, arrival_time=since_epoch)
+            request = Request(
+                name, prompt, params, seed, sample, ends, priority, family, arrival=now, arrival_time=since_epoch
+            )
             request.adjuster = Adjuster.needed(prompt, params, ends)
         leader = family[0]
         leader.unbranched = params.n > 1

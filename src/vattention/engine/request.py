@@ -27,7 +27,10 @@ class Request:
         output_token_ids: kept through preemption.
         slot: where its K and V are, or None while it waits.
         computed: tokens whose K and V are in the slot.
+        priority: requests with a lower number are served earlier, equal ones in order of arrival.
         finish_reason: None while it waits or runs.
+        error: why the request failed, the same in all its samples; None unless it did. Samples that had not finished
+            by then end with finish_reason "error".
         stop_reason: see `CompletionOutput`.
         preemptions: how often it had to give its slot back.
         text: None where nobody has asked for it yet.
@@ -44,12 +47,14 @@ class Request:
     seed: int
     sample: int = 0
     ends: frozenset[int] = frozenset()
+    priority: int = 0
     family: list[Request] = field(default_factory=list)
     unbranched: bool = False
     output_token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
     finish_reason: FinishReason | None = None
+    error: BaseException | None = None
     stop_reason: int | str | None = None
     preemptions: int = 0
     text: GeneratedText | None = None
