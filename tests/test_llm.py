@@ -315,7 +315,8 @@ def test_one_line_at_start_says_what_memory_is_for(tiny: LoadedModel, capsys: py
     assert err.count("\n") == 1
     for part in ("of weights (float32)", "4 x 128 tokens", "4 MiB physical budget", f"{capacity} tokens fit"):
         assert part in err
-    assert llm._cache is None
+    with pytest.raises(InvalidRequest, match="closed"):
+        llm.stats()
 
 
 def test_defaults_fit_the_machine(tiny: LoadedModel) -> None:
@@ -415,7 +416,7 @@ def test_a_start_that_fails_late_gives_the_cache_back(tiny: LoadedModel, monkeyp
         opened.append(cache)
         raise ConfigError("late")
 
-    monkeypatch.setattr("vattention.llm.Engine", fails)
+    monkeypatch.setattr("vattention.engine.opening.Engine", fails)
     with pytest.raises(ConfigError, match="late"):
         LLM(tiny, kv_cache_memory="4MiB")
     assert opened[0].closed
