@@ -269,14 +269,16 @@ class EngineLoop:
             moved = self._engine.step()
         except Exception as error:
             # The engine has ended the requests that it could not save, and can go on with the others.
-            ended = [ticket for ticket in self._tickets.values() if ticket.request and ticket.request.all_finished]
+            ended = [each for each in self._tickets.values() if each.request and each.request.all_finished]
             if not ended:
                 raise  # nothing has changed, so it would fail again, and for ever
-            for ticket in ended:
-                self._tell(ticket, self._failure("the engine failed while it computed this request", error))
+            for each in ended:
+                self._tell(each, self._failure("the engine failed while it computed this request", error))
         else:
             for leader in dict.fromkeys(sample.family[0] for sample in moved):
-                self._publish(self._tickets[leader.request_id], leader)
+                ticket = self._tickets.get(leader.request_id)
+                if ticket is not None and ticket.request is leader:
+                    self._publish(ticket, leader)
 
     def _publish(self, ticket: Ticket, request: Request) -> None:
         """Tell the listener how far its request is."""
