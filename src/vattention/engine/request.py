@@ -22,6 +22,7 @@ class Request:
         seed: of its random numbers, 64 bits.
         sample: which of the samples it is.
         family: all samples of the request in order, itself included.
+        number: of its request in order of arrival.
         unbranched: of the leader: the others still wait for its prompt.
         ends: tokens that end the text.
         output_token_ids: kept through preemption.
@@ -32,7 +33,8 @@ class Request:
         error: why the request failed, the same in all its samples; None unless it did. Samples that had not finished
             by then end with finish_reason "error".
         stop_reason: see `CompletionOutput`.
-        preemptions: how often it had to give its slot back.
+        preemptions: how often it had to give its slot back for lack of memory.
+        suspect: a pass that it was in has failed: it is computed alone until its next token.
         text: None where nobody has asked for it yet.
         adjuster: what changes its logits, or None.
         logprobs: one for each output token, where asked for.
@@ -47,6 +49,7 @@ class Request:
     seed: int
     sample: int = 0
     ends: frozenset[int] = frozenset()
+    number: int = 0
     priority: int = 0
     family: list[Request] = field(default_factory=list)
     unbranched: bool = False
@@ -57,6 +60,7 @@ class Request:
     error: BaseException | None = None
     stop_reason: int | str | None = None
     preemptions: int = 0
+    suspect: bool = False
     text: GeneratedText | None = None
     adjuster: Adjuster | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
