@@ -93,7 +93,7 @@ class LLM:
 
         Raises:
             TypeError, InvalidRequest: a prompt or parameters that cannot be served; nothing has run then.
-            OutOfPages: see `Engine.step`. After any error, KeyboardInterrupt included, none of these prompts is left
+            OutOfPages, or what else a request failed with. After any error, KeyboardInterrupt included, none is left
                 in the engine.
         """
         engine = self.engine

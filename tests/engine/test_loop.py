@@ -372,7 +372,9 @@ def test_text_that_cannot_be_made_is_one_request_less(setup: Setup, monkeypatch:
 
 
 @pytest.mark.parametrize("death", [SystemExit("end"), RuntimeError("nobody is to blame")], ids=repr)
-def test_an_engine_that_dies_tells_everybody_and_says_why(death: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_dies_tells_everybody_and_says_why(
+    death: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = Setup(max_num_seqs=2)
     gate = setup.hold()
     ears = [setup.submit([token])[0] for token in range(5)]
