@@ -201,7 +201,7 @@ class _Mailbox:
         """Replace the news. False when there is nobody left to read them."""
         self._news.append(news)
         if self._ringing:  # one call a reader waits in the event loop at most, however long that is busy
-            return True
+            return not self._loop.is_closed()
         self._ringing = True
         try:
             self._loop.call_soon_threadsafe(self._ring)
