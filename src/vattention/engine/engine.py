@@ -245,8 +245,6 @@ class Engine:
                 self.scheduler.fail(sample, error)
         for leader in [sample for sample in reading.samples if sample.unbranched and sample.error is None]:
             leader.unbranched = False
-            for other in leader.family[1:]:
-                other.scheduled = leader.scheduled
             others = [other for other in leader.family[1:] if not other.finished]
             error = attempt(partial(self.scheduler.branch, leader, others))
             if error is not None:
@@ -254,6 +252,7 @@ class Engine:
 
     def _append(self, sample: Request, new: New, now: float) -> None:
         sample.output_token_ids.append(new.token)
+        sample.scheduled = sample.scheduled or sample.family[0].scheduled  # its first pass was the leader's
         sample.token_times.append(now)
         if new.logprobs is not None:
             sample.logprobs.append(new.logprobs)
