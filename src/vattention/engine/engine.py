@@ -155,7 +155,8 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._end_all(request)
+        for sample in request.family:
+            self._end(sample)
         return True
 
     def output(self, request: Request, prompt: str | None = None) -> RequestOutput:
@@ -294,15 +295,13 @@ class Engine:
         for leader in list(self._requests.values()):
             ahead = [leader] if leader.unbranched else leader.family
             if not all(sample.finished or sample in waiting for sample in ahead) or leader.all_finished:
-                self._end_all(leader)
-
-    def _end_all(self, leader: Request) -> None:
-        for sample in leader.family:
-            self._end(sample)
+                for sample in leader.family:
+                    # In a cache that is closed there is no slot to give back; what is raised is why we are here.
+                    attempt(partial(self._end, sample))
 
     def _end(self, sample: Request) -> None:
         """Be done with a sample, giving its slot back. One that has not finished is aborted."""
         sample.finish_reason = sample.finish_reason or "abort"
-        self.scheduler.release(sample)
         if sample.all_finished:
             self._requests.pop(sample.request_id, None)
+        self.scheduler.release(sample)
