@@ -7,11 +7,13 @@ import asyncio
 import contextlib
 import gc
 import random
+import re
 import threading
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +207,18 @@ def test_priority_of_llm_is_one_for_all_or_one_for_each(tiny: LoadedModel) -> No
             with pytest.raises(TypeError, match="priority"):
                 offline.generate(["a", "b"], SHORT, use_tqdm=False, priority=wrong)  # type: ignore[arg-type]
         assert offline.engine.unfinished == 0
+
+
+def test_the_example_of_the_documentation(
+    demo: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "AsyncLLM" in block)
+    monkeypatch.setattr("vattention.engine.opening.load_model", lambda *_, **__: demo)
+    exec(compile(example, "docs/architecture.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5
+    assert len(lines[0]) < len(lines[-1])
 
 
 # -- the bar ------------------------------------------------------------------------------------------------------

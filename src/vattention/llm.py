@@ -93,8 +93,8 @@ class LLM:
 
         Raises:
             TypeError, InvalidRequest: a prompt or parameters that cannot be served; nothing has run then.
-            OutOfPages, or what else a request failed with. After any error, KeyboardInterrupt included, none is left
-                in the engine.
+            OutOfPages, or whatever else one of the prompts fails of, see `Engine.step`. After any error,
+                KeyboardInterrupt included, none of these prompts is left in the engine.
         """
         engine = self.engine
         given = [prompts] if isinstance(prompts, (str, Mapping)) else prompts

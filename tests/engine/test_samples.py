@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.models import engine_for, loaded, prompts_of, run, tiny_model
-from support.remember import Rememberer, engine_with, expected, finish, nothing_is_left
-from vattention.cache import KVCache
+from support.remember import count_forks, engine_with, expected, finish, nothing_is_left
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel
 from vattention.engine.request import Request
@@ -30,21 +29,6 @@ def cold(n: int, tokens: int = 8) -> SamplingParams:
 
 def texts(request: Request) -> list[list[int]]:
     return [sample.output_token_ids for sample in request.family]
-
-
-def count_forks(cache: KVCache, runner: Rememberer) -> list[int]:
-    """Lets the stub know what a fork copies. Returns the list that fork targets are put in."""
-    fork, made = cache.fork, []
-
-    def watched(slot: Any) -> int | None:
-        target = fork(slot)
-        if target is not None:
-            made.append(target)
-            runner.slots[target] = list(runner.slots[slot])
-        return target
-
-    cache.fork = watched  # type: ignore[method-assign]
-    return made
 
 
 @pytest.mark.parametrize(("slots", "forked"), [(8, 3), (4, 3), (3, 2), (1, 0)])

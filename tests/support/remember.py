@@ -6,6 +6,7 @@ or computed twice in the wrong place makes other tokens.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -110,3 +111,18 @@ def nothing_is_left(engine: Engine, cache: KVCache) -> None:
     assert cache.stats().needed == 0
     cache.trim()
     assert cache.stats().created == 0
+
+
+def count_forks(cache: KVCache, runner: Rememberer) -> list[int]:
+    """Lets the stub know what a fork copies. Returns the list that fork targets are put in."""
+    fork, made = cache.fork, []
+
+    def watched(slot: Any) -> int | None:
+        target = fork(slot)
+        if target is not None:
+            made.append(target)
+            runner.slots[target] = list(runner.slots[slot])
+        return target
+
+    cache.fork = watched  # type: ignore[method-assign]
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,4 +14,5 @@ def attempt(work: Callable[[], T]) -> T | Exception:
     try:
         return work()
     except Exception as error:  # noqa: BLE001  whatever a model, a tokenizer or a driver raises
+        traceback.clear_frames(error.__traceback__)  # or the tensors of a pass would live as long as its error
         return error

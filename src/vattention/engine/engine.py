@@ -155,7 +155,8 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._end_all(request)
+        for sample in request.family:
+            self._end(sample)
         return True
 
     def output(self, request: Request, prompt: str | None = None) -> RequestOutput:
@@ -245,8 +246,6 @@ class Engine:
                 self.scheduler.fail(sample, error)
         for leader in [sample for sample in reading.samples if sample.unbranched and sample.error is None]:
             leader.unbranched = False
-            for other in leader.family[1:]:
-                other.scheduled = leader.scheduled
             others = [other for other in leader.family[1:] if not other.finished]
             error = attempt(partial(self.scheduler.branch, leader, others))
             if error is not None:
@@ -254,6 +253,7 @@ class Engine:
 
     def _append(self, sample: Request, new: New, now: float) -> None:
         sample.output_token_ids.append(new.token)
+        sample.scheduled = sample.scheduled or sample.family[0].scheduled  # its first pass was the leader's
         sample.token_times.append(now)
         if new.logprobs is not None:
             sample.logprobs.append(new.logprobs)
@@ -295,15 +295,13 @@ class Engine:
         for leader in list(self._requests.values()):
             ahead = [leader] if leader.unbranched else leader.family
             if not all(sample.finished or sample in waiting for sample in ahead) or leader.all_finished:
-                self._end_all(leader)
-
-    def _end_all(self, leader: Request) -> None:
-        for sample in leader.family:
-            self._end(sample)
+                for sample in leader.family:
+                    # In a cache that is closed there is no slot to give back; what is raised is why we are here.
+                    attempt(partial(self._end, sample))
 
     def _end(self, sample: Request) -> None:
         """Be done with a sample, giving its slot back. One that has not finished is aborted."""
         sample.finish_reason = sample.finish_reason or "abort"
-        self.scheduler.release(sample)
         if sample.all_finished:
             self._requests.pop(sample.request_id, None)
+        self.scheduler.release(sample)

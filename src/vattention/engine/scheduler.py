@@ -15,8 +15,9 @@ Everybody gets to the end, because three things are bounded:
   relied on. Where the machine has less memory than the budget it may happen once more, and then the request comes back
   when nobody else runs, and stays. So a request gives way `MAX_PREEMPTIONS` times, and `MAX_PREEMPTIONS + 1` at most.
 - Overtaking. At most `MAX_PASSED` admissions in a row go past the oldest that waits; then it is next, whatever its
-  priority. So a request is overtaken by at most `MAX_PASSED` later arrivals for itself and for each admission of an
-  older one. (A count for each request would make all that wait come before the urgent ones at the same moment.)
+  priority. So later arrivals overtake a request at most `MAX_PASSED` times for each time that it waits and for each
+  admission of an older one meanwhile. (With a count for each request instead, a long queue of requests that have waited
+  would come before the urgent ones all at once.)
 - Failures. A pass that fails is never tried again as it was: each of its requests is computed alone until it has a
   token more, or ends with the error. So a request is in no more failing passes than it has tokens.
 """
