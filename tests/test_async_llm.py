@@ -372,6 +372,19 @@ def test_leaving_aborts(llm: AsyncLLM, leave: Callable[[AsyncLLM], Coroutine[Any
     run(main())
 
 
+def test_the_end_of_asyncio_run_leaves(llm: AsyncLLM) -> None:
+    async def main() -> AsyncGenerator[RequestOutput, None]:
+        reading = asyncio.create_task(last_of(llm.generate("Hello", ENDLESS)))
+        suspended = llm.generate("Hello", ENDLESS)
+        await anext(suspended)
+        assert not reading.done()
+        return suspended
+
+    suspended = asyncio.run(main())
+    run(nothing_is_left(llm))
+    del suspended
+
+
 def test_leaving_takes_hold_with_the_next_step(llm: AsyncLLM) -> None:
     async def main() -> None:
         outputs = llm.generate("Hello", ENDLESS)
@@ -551,6 +564,21 @@ def test_many_event_loops_in_many_threads(tiny: LoadedModel, llm: AsyncLLM) -> N
         for thread in threads:
             thread.join(LONG)
         assert [got[i] for i in range(24)] == expected
+
+
+def test_two_may_share_a_model(small: LoadedModel) -> None:
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(*range(1, 25))]
+    params = mixed(24, 16)
+    with LLM(small, kv_cache_memory="8MiB") as offline:
+        expected = [ids(output) for output in offline.generate(prompts, params, use_tqdm=False)]
+
+    async def main() -> None:
+        async with open_llm(small) as one, open_llm(small, head_major=True, max_num_seqs=7) as two:
+            readers = [last_of(llm.generate(*each)) for each in zip(prompts, params, strict=True) for llm in (one, two)]
+            outputs = [ids(output) for output in await asyncio.gather(*readers)]
+            assert outputs[::2] == outputs[1::2] == expected
+
+    run(main())
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

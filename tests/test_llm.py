@@ -1,5 +1,6 @@
 """The front door, on a real model: SmolLM2-135M-Instruct in float32 against transformers' own generate."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from support.models import as_transformers, demo_model, greedy, loaded, tiny_model
 from vattention import LLM, KVCache, RequestOutput, SamplingParams
 from vattention.engine.loading import LoadedModel
+from vattention.engine.opening import LLMOptions, open_engine
 from vattention.errors import ConfigError, InvalidRequest, UnsupportedModel
 
 # Ragged on purpose: one token, a line, several chunks of 64.
@@ -407,6 +409,13 @@ def test_use_after_close(tiny: LoadedModel) -> None:
 def test_options_that_cannot_work(tiny: LoadedModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(tiny, **options)
+
+
+def test_options_are_told_to_type_checkers_as_they_are() -> None:
+    told = LLMOptions.__annotations__
+    taken = {name: kind.annotation for name, kind in inspect.signature(open_engine).parameters.items()}
+    assert taken.pop("model")
+    assert {name: getattr(kind, "__forward_arg__", kind) for name, kind in told.items()} == taken
 
 
 def test_a_start_that_fails_late_gives_the_cache_back(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import weakref
+from asyncio import CancelledError
 from collections.abc import Iterator
 from typing import Any
 
@@ -271,20 +272,23 @@ def test_who_does_not_listen_is_not_served(setup: Setup) -> None:
     assert len(heard) == 3
 
 
-def test_a_listener_that_fails_is_reported_and_harms_nobody(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [ZeroDivisionError, CancelledError])
+def test_a_listener_that_fails_is_reported_and_harms_nobody(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
     reported: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", reported.append)
     calls: list[Any] = []
 
     def listener(news: Any) -> None:
         calls.append(news)
-        raise ZeroDivisionError
+        raise failure
 
     setup.loop.submit([1], greedy(50), listener)
     other, _ = setup.submit([2], greedy(20))
     assert other.tokens() == expected([2], 20)
     assert len(calls) == len(reported) == 1
-    assert reported[0].exc_type is ZeroDivisionError
+    assert reported[0].exc_type is failure
 
 
 def test_priorities_reach_the_engine() -> None:
@@ -419,6 +423,25 @@ def test_closing_cuts_off_what_runs_and_what_waits() -> None:
         setup.loop.submit([1], greedy(), print)
     with pytest.raises(InvalidRequest, match="closed"):
         setup.loop.call(print)
+
+
+def test_a_listener_that_fails_at_the_end_keeps_nobody_from_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    setup = Setup()
+    gate = setup.hold()
+
+    def listener(news: Any) -> None:
+        raise CancelledError
+
+    setup.loop.submit([1], greedy(50), listener)
+    ear, _ = setup.submit([2], greedy(50))
+    gate.reached()
+    setup.loop.submit([1], greedy(50), listener)
+    late, _ = setup.submit([2], greedy(50))
+    setup.loop.stop()
+    setup.close()
+    assert isinstance(ear.last(), EngineError)
+    assert isinstance(late.last(), EngineError)
 
 
 def test_draining_finishes_what_was_taken() -> None:

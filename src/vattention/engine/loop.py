@@ -247,7 +247,7 @@ class EngineLoop:
             ticket.request = self._engine.add_request(
                 ticket.prompt_token_ids, ticket.params, ticket.request_id, priority=ticket.priority
             )
-        except Exception as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             self._tell(ticket, error)
         else:
             self._tickets[ticket.request_id] = ticket
@@ -299,7 +299,7 @@ class EngineLoop:
             del self._tickets[ticket.request_id]
         try:
             heard = ticket.listener(news)
-        except Exception as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread)))
             heard = False
         if heard is False and not ticket.over:
