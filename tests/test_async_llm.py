@@ -302,9 +302,9 @@ def test_200_streams_with_a_third_cancelled(small: LoadedModel, full_size: bool)
 
 
 def test_streams_of_the_demo_model_with_a_third_cancelled(demo: LoadedModel, full_size: bool) -> None:
-    count = 60 if full_size else 12
+    count = 60 if full_size else 9
     texts = [f"{i} {'and then ' * (i % 5)}" for i in range(count)]
-    params = mixed(count, 8)
+    params = mixed(count, 6)
     with LLM(demo, max_num_seqs=1, kv_cache_memory="64MiB", max_model_len=128) as offline:
         alone = [ids(output) for output in offline.generate(texts, params, use_tqdm=False)]
     llm = open_llm(demo, max_num_seqs=8, kv_cache_memory="64MiB")
