@@ -155,6 +155,24 @@ def test_a_request_that_is_to_be_tried_alone_can_be_aborted(where: str) -> None:
         nothing_is_left(engine, cache)
 
 
+def test_one_to_be_tried_alone_shares_no_pass_with_who_came_before_it() -> None:
+    """Else its samples, once they branch, could leave no room for the other's prompt."""
+    engine, runner, cache = engine_with(max_num_seqs=6, max_num_batched_tokens=8)
+    with cache:
+        count_forks(cache, runner)
+        runner.fail_at = 1
+        several = engine.add_request([1, 2], SamplingParams(temperature=1e-9, max_tokens=8, n=3))
+        other = engine.add_request([3], GREEDY)
+        engine.step()
+        assert several.suspect
+        urgent = engine.add_request([4] * 7, GREEDY, priority=-1)
+        assert engine.step() == [urgent]
+        assert set(engine.step()) == set(several.family)
+        finish(engine)
+        assert right([*several.family, other, urgent])
+        nothing_is_left(engine, cache)
+
+
 # -- what comes after the model ---------------------------------------------------------------------------------------
 
 
@@ -206,7 +224,7 @@ def test_log_probabilities_that_fail(asked: str, monkeypatch: pytest.MonkeyPatch
     (prompt,) = prompts_of(40)
     params = SamplingParams(seed=1, max_tokens=8)
     (alone,) = run(engine_for(loaded_tiny()), [prompt], params)
-    engine = engine_for(loaded_tiny(), max_num_batched_tokens=30)
+    engine = engine_for(loaded_tiny(), max_num_batched_tokens=64)
     good = engine.add_request(prompt[:1], params)
     bad = engine.add_request(prompt, SamplingParams(seed=1, max_tokens=8, **{asked: 1}))
     monkeypatch.setattr(reading, "top_logprobs", breaks)

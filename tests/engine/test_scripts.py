@@ -117,6 +117,7 @@ class Script:
         self.poisoned: set[Request] = set()
         self.spoiled: set[Request] = set()
         self.blamed: set[Request] = set()  # who must end with an error
+        self.failed: set[tuple[Request, int]] = set()  # who shared a failing pass, with how many tokens
         self.aborted: set[Request] = set()
         self.returned: Counter[Request] = Counter()  # with a finish_reason
         self.overtaken: Counter[Request] = Counter()
@@ -140,6 +141,10 @@ class Script:
                 SEEN["a pass failed"] += 1
                 if len(chunks) == 1:
                     self.blamed.add(chunks[0].request.family[0])
+                else:
+                    now = {(chunk.request, len(chunk.request.output_token_ids)) for chunk in chunks}
+                    assert not now & self.failed, "between two failing passes that it shares, a request gets a token"
+                    self.failed |= now
                 raise Broken
             return logits if logits is not None else forward(chunks)
 

@@ -53,7 +53,8 @@ class Rememberer:
         running = self.engine.scheduler.running
         rows = sum(chunk.end - chunk.start for chunk in chunks)
         self.rows += rows
-        assert 0 < rows <= self.limit
+        assert rows <= self.limit
+        assert all(chunk.end > chunk.start for chunk in chunks)
         assert len({chunk.slot for chunk in chunks}) == len(chunks)
         if any(r.suspect for r in running):
             assert len(chunks) == 1

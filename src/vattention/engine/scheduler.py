@@ -19,7 +19,7 @@ Everybody gets to the end, because three things are bounded:
   admission of an older one meanwhile. (With a count for each request instead, a long queue of requests that have waited
   would come before the urgent ones all at once.)
 - Failures. A pass that fails is never tried again as it was: each of its requests is computed alone until it has a
-  token more, or ends with the error. So a request is in no more failing passes than it has tokens.
+  token more, and ends if that fails too. So between two failing passes that it shares, a request gets a token.
 """
 
 from __future__ import annotations
