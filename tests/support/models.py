@@ -286,11 +286,13 @@ def engine_for(model: LoadedModel, *, max_num_seqs: int = 4, max_model_len: int 
 def run(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[Request]:
-    """Add all, step until nobody is left."""
+    """Add all, step until nobody is left. Raises what a request fails of."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     requests = [engine.add_request(prompt, wanted) for prompt, wanted in zip(prompts, each, strict=True)]
     while engine.unfinished:
-        engine.step()
+        for sample in engine.step():
+            if sample.error is not None:
+                raise sample.error
     return requests
 
 

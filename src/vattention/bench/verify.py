@@ -315,7 +315,9 @@ def _answers(
         engine = open_engine(loaded, cache, runner, options)
         requests = [engine.add_request(prompt.token_ids, params) for prompt in prompts]
         while engine.unfinished:
-            engine.step()
+            for request in engine.step():
+                if request.error is not None:
+                    raise request.error
         answers = []
         for request in requests:
             rows = runner.logits[request.request_id]
