@@ -125,6 +125,13 @@ def find(model: str | os.PathLike[str] | None) -> Source:
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model must be a path, a hub id or None, not {type(model).__name__}")
     path = Path(model).expanduser()
+    try:
+        return _look(model, path)
+    except OSError as error:  # a directory on the way that is not ours to read, a name that is too long
+        raise ConfigError(f"cannot read {str(model)!r}: {error.strerror}") from None
+
+
+def _look(model: str | os.PathLike[str], path: Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"{path} is a file but no .gguf: give the directory of the model")
