@@ -10,8 +10,8 @@
 // The loops are written with the vector extensions of GCC and clang, 16 floats at a time, which the compiler splits for
 // machines with narrower registers.
 //
-// Compiled with NUMBERS, what K, V, the query and the output are stored as (float, bf16 or f16), and WIDTH, that of K and V
-// (a multiple of 32), or 0 for any: to know it saves a third of the instructions.
+// Compiled with NUMBERS, what K, V, the query and the output are stored as (float, bf16 or f16), and WIDTH, that of K and
+// of V (a multiple of 32), or 0 for any: to know it makes the loops a third faster.
 //
 // Where the tokens of a request lie is asked of one class, `Slots`. Nothing else knows about addresses.
 
@@ -34,8 +34,7 @@ using u32 = uint32_t __attribute__((vector_size(64)));
 
 #define INLINE inline __attribute__((always_inline))
 
-constexpr int64_t CHUNK = 256;  // tokens of a task; enough that starting and ending one costs little
-constexpr int BLOCK = 32;       // tokens of a head at a time; those and the next ones fit the first cache
+constexpr int64_t CHUNK = 512;  // tokens of a task; enough that starting and ending one costs little
 constexpr int GROUP = 4;        // query heads at a time, as many as leave registers for their sums
 constexpr int UNIT = 32;        // numbers loaded at once; a head is padded to whole units, with zeros
 constexpr int64_t SMALL = 1 << 16;  // numbers of K and V below which a second thread costs more than it saves
@@ -43,6 +42,10 @@ constexpr float MINUS = -std::numeric_limits<float>::infinity();
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+
+using T = NUMBERS;
+constexpr int W = WIDTH / UNIT;  // units of K and V where that is known
+constexpr int BLOCK = W && W * UNIT * sizeof(T) <= 128 ? 32 : 16;  // tokens of a head at a time: 4 KiB of K, measured
 
 struct Unit { f32 a, b; };  // 32 numbers; of bf16 the even ones and the odd ones, else the first and the last 16
 
@@ -84,7 +87,6 @@ INLINE Unit load(const f16* p) {
     return u;
 }
 
-template <class T>
 INLINE Unit load_some(const T* p, int n) {
     T x[UNIT] = {};
     std::memcpy(x, p, n * sizeof(T));
@@ -133,7 +135,6 @@ INLINE void store(Unit u, f16* p) {
     }
 }
 
-template <class T>
 INLINE void store_some(Unit u, T* p, int n) {
     T x[UNIT];
     store(u, x);
@@ -265,37 +266,36 @@ inline int64_t packed_floats(const Call& c) { return c.q_heads * units(c.k_width
 
 // Tokens of a request that are computed together: where they are, and which of them count (null: all).
 struct Block {
-    int64_t first;
     int n;
     const uint8_t* counts;
     int64_t k[BLOCK], v[BLOCK];
 };
 
-// The next block at or after token `first` in which some token counts; n = 0 if there is none before `end`.
+// The blocks of tokens [first, end) in which some token counts, at most CHUNK / BLOCK; returns how many.
 template <class Where>
-INLINE void open(const Call& c, const Where& where, int64_t request, int64_t first, int64_t end, Block& block) {
-    for (block.n = 0; first < end; first += BLOCK) {
-        const int n = int(std::min<int64_t>(BLOCK, end - first));
+int cut(const Call& c, const Where& where, int64_t request, int64_t first, int64_t end, Block* blocks) {
+    int count = 0;
+    for (; first < end; first += BLOCK) {
+        Block& block = blocks[count];
+        const int n = block.n = int(std::min<int64_t>(BLOCK, end - first));
         int good = n - 1;
         block.counts = c.mask ? c.mask + request * c.mask_row + first : nullptr;
         if (block.counts)
             while (good >= 0 && !block.counts[good]) good--;
         if (good < 0) continue;
+        count++;
         where.find(request, first, n, block.k, block.v);
-        // A token that does not count is not read, another one is in its place: its weight is 0, but 0 times NaN is NaN.
+        // A token that does not count is not read: its weight is 0, but 0 times NaN is NaN. Another is in its place.
         if (block.counts)
             for (int i = 0; i < n; i++)
                 if (!block.counts[i]) block.k[i] = block.k[good], block.v[i] = block.v[good];
         for (int i = n; i < (n + 15) / 16 * 16; i++) block.k[i] = block.k[good];
-        block.first = first;
-        block.n = n;
-        return;
     }
+    return count;
 }
 
 // Rows that will be read next, asked for while others are computed: the processor's own guesses end with every page and
-// every head. W as in `attend`.
-template <class T, int W>
+// every head.
 struct Ahead {
     const T* base;
     const int64_t* at;
@@ -309,8 +309,8 @@ struct Ahead {
 };
 
 // Dot products of 16 rows of K with G queries, into lanes: scores[g * BLOCK + i]. Fetches 16 rows from `row` on.
-template <class T, int G, int W>
-INLINE void score(const T* k, const int64_t* at, const f32* q, int64_t width, float* scores, const Ahead<T, W>& ahead,
+template <int G>
+INLINE void score(const T* k, const int64_t* at, const f32* q, int64_t width, float* scores, const Ahead& ahead,
                   int row) {
     constexpr int ROWS = G == 1 ? 8 : 4;
     const int64_t full = W ? W : width / UNIT, rest = W ? 0 : width % UNIT, stride = 2 * (W ? W : units(width));
@@ -342,9 +342,9 @@ INLINE void score(const T* k, const int64_t* at, const f32* q, int64_t width, fl
 }
 
 // Adds n rows of V, U units of them (the last one of `rest` numbers, unless 0), to G weighted sums.
-template <class T, int G, int U, int W>
+template <int G, int U>
 INLINE void weigh(const T* v, const int64_t* at, int n, int rest, const float* weights, f32* weighted, int64_t stride,
-                  const Ahead<T, W>* ahead) {
+                  const Ahead* ahead) {
     f32 acc[G][2 * U];
     for (int g = 0; g < G; g++)
         for (int u = 0; u < 2 * U; u++) acc[g][u] = weighted[g * stride + u];
@@ -363,14 +363,14 @@ INLINE void weigh(const T* v, const int64_t* at, int n, int rest, const float* w
         for (int u = 0; u < 2 * U; u++) weighted[g * stride + u] = acc[g][u];
 }
 
-// One block of one KV head, for G of its query heads, the first of which is `head`. W: units of K and of V, or 0.
-template <class T, int G, int W>
+// One block of one KV head, for G of its query heads, the first of which is `head`.
+template <int G>
 void attend(const Call& c, const Block& block, const T* k, const T* v, const f32* q, int64_t head, const Sums& sums,
-            const Ahead<T, W>& k_ahead, const Ahead<T, W>& v_ahead) {
+            const Ahead& k_ahead, const Ahead& v_ahead) {
     float scores[G * BLOCK] __attribute__((aligned(64)));
-    const int vectors = (block.n + 15) / 16;
+    const int vectors = std::min((block.n + 15) / 16, BLOCK / 16);
     for (int i = 0; i < vectors; i++)
-        score<T, G, W>(k, block.k + 16 * i, q + head * 2 * units(c.k_width), c.k_width, scores + 16 * i, k_ahead, 16 * i);
+        score<G>(k, block.k + 16 * i, q + head * 2 * units(c.k_width), c.k_width, scores + 16 * i, k_ahead, 16 * i);
     for (int g = 0; g < G; g++) {
         f32* s = reinterpret_cast<f32*>(scores + g * BLOCK);
         if (c.softcap != 0)
@@ -398,26 +398,35 @@ void attend(const Call& c, const Block& block, const T* k, const T* v, const f32
     f32* weighted = sums.weighted + head * sums.width;
     int64_t u = 0;
     for (; u + 2 <= full; u += 2)
-        weigh<T, G, 2, W>(v + u * UNIT, block.v, block.n, 0, scores, weighted + 2 * u, sums.width,
+        weigh<G, 2>(v + u * UNIT, block.v, block.n, 0, scores, weighted + 2 * u, sums.width,
                           u ? nullptr : &v_ahead);
     for (; u < full; u++)
-        weigh<T, G, 1, W>(v + u * UNIT, block.v, block.n, 0, scores, weighted + 2 * u, sums.width,
+        weigh<G, 1>(v + u * UNIT, block.v, block.n, 0, scores, weighted + 2 * u, sums.width,
                           u ? nullptr : &v_ahead);
     if (rest)
-        weigh<T, G, 1, W>(v + u * UNIT, block.v, block.n, rest, scores, weighted + 2 * u, sums.width,
+        weigh<G, 1>(v + u * UNIT, block.v, block.n, rest, scores, weighted + 2 * u, sums.width,
                           u ? nullptr : &v_ahead);
 }
 
 // One chunk of one request.
-template <class T, int W, class Where>
+template <class Where>
 void chunk(const Call& c, const Where& where, int64_t request, int64_t number, f32* packed, const Sums& sums) {
     const T *keys = reinterpret_cast<const T*>(c.k), *values = reinterpret_cast<const T*>(c.v);
-    const T* query = reinterpret_cast<const T*>(c.q) + c.rows[request] * c.q_row;
     const int64_t group = c.q_heads / c.kv_heads, wide = units(c.k_width);
+    const int64_t begin = first_token(c, request) + number * CHUNK;
+    Block blocks[CHUNK / BLOCK];
+    const int64_t count = cut(c, where, request, begin, std::min(begin + CHUNK, c.lengths[request]), blocks);
+    for (int i = 0; count && i < blocks[0].n; i++) {
+        Ahead{keys, blocks[0].k, blocks[0].n, c.k_width}.fetch(i);
+        Ahead{values, blocks[0].v, blocks[0].n, c.v_width}.fetch(i);
+    }
+
+    const T* query = reinterpret_cast<const T*>(c.q) + c.rows[request] * c.q_row;
     for (int64_t h = 0; h < c.q_heads; h++)
         for (int64_t u = 0; u < wide; u++) {
-            const int n = int(std::min<int64_t>(UNIT, c.k_width - u * UNIT));
-            const Unit x = load_some(query + h * c.q_head + u * UNIT, n);
+            const int64_t n = c.k_width - u * UNIT;
+            const T* from = query + h * c.q_head + u * UNIT;
+            const Unit x = n < UNIT ? load_some(from, int(n)) : load(from);
             packed[2 * (h * wide + u)] = x.a * c.scale;
             packed[2 * (h * wide + u) + 1] = x.b * c.scale;
         }
@@ -425,39 +434,31 @@ void chunk(const Call& c, const Where& where, int64_t request, int64_t number, f
     std::fill(sums.total, sums.total + c.q_heads, f32{});
     std::fill(sums.top, sums.top + c.q_heads, MINUS);
 
-    const int64_t begin = first_token(c, request) + number * CHUNK;
-    const int64_t end = std::min(begin + CHUNK, c.lengths[request]);
-    Block blocks[2];
-    open(c, where, request, begin, end, blocks[0]);
-    for (int at = 0; blocks[at].n; at = 1 - at) {
-        const Block& block = blocks[at];
-        open(c, where, request, block.first + BLOCK, end, blocks[1 - at]);
+    for (int64_t b = 0; b < count; b++)
         for (int64_t h = 0; h < c.kv_heads; h++) {
             const bool last = h + 1 == c.kv_heads;
-            const Block& next = blocks[last ? 1 - at : at];
+            const Block &block = blocks[b], &next = blocks[std::min(b + last, count - 1)];
             const int64_t next_head = last ? 0 : h + 1;
             for (int64_t g = 0; g < group;) {
                 // Parts of about the same size, of at most GROUP heads; the first one fetches.
                 const int64_t head = h * group + g, left = group - g, parts = (left + GROUP - 1) / GROUP;
-                const int n = g ? 0 : next.n;
-                const Ahead<T, W> k_ahead{keys + next_head * c.k_head, next.k, n, c.k_width};
-                const Ahead<T, W> v_ahead{values + next_head * c.v_head, next.v, n, c.v_width};
+                const int n = g || (last && b + 1 == count) ? 0 : next.n;
+                const Ahead k_ahead{keys + next_head * c.k_head, next.k, n, c.k_width};
+                const Ahead v_ahead{values + next_head * c.v_head, next.v, n, c.v_width};
                 const T *k = keys + h * c.k_head, *v = values + h * c.v_head;
                 const int64_t size = (left + parts - 1) / parts;
                 switch (size) {
-                    case 1: attend<T, 1, W>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
-                    case 2: attend<T, 2, W>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
-                    case 3: attend<T, 3, W>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
-                    default: attend<T, 4, W>(c, block, k, v, packed, head, sums, k_ahead, v_ahead);
+                    case 1: attend<1>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
+                    case 2: attend<2>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
+                    case 3: attend<3>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
+                    default: attend<4>(c, block, k, v, packed, head, sums, k_ahead, v_ahead);
                 }
                 g += size;
             }
         }
-    }
 }
 
 // The output of one request, from the sums of its chunks.
-template <class T>
 void finish(const Call& c, int64_t request, float* first, int64_t count) {
     T* out = reinterpret_cast<T*>(c.out) + c.rows[request] * c.out_row;
     for (int64_t h = 0; h < c.q_heads; h++) {
@@ -481,35 +482,47 @@ void finish(const Call& c, int64_t request, float* first, int64_t count) {
     }
 }
 
-template <class T, int W, class Where>
-void run(const Call& c, const Where& where) {
-    int64_t tasks = 0, work = 0;
-    for (int64_t r = 0; r < c.requests; r++) {
-        tasks += chunks(c, r);
-        work += (c.lengths[r] - first_token(c, r)) * c.kv_heads * (c.k_width + c.v_width);
-    }
-    const int threads = int(work < SMALL ? 1 : std::min(c.threads, tasks));
-    float* scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(c.scratch) + 63) & ~uintptr_t(63));
-    float* parts = scratch + c.threads * packed_floats(c);
-#pragma omp parallel num_threads(threads)
-    {
-#if defined(_OPENMP)
-        f32* packed = reinterpret_cast<f32*>(scratch + omp_get_thread_num() * packed_floats(c));
-#else
-        f32* packed = reinterpret_cast<f32*>(scratch);
-#endif
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; task++) {
-            int64_t request = 0, number = task;
-            while (number >= chunks(c, request)) number -= chunks(c, request++);
-            chunk<T, W>(c, where, request, number, packed, Sums(parts + task * Sums::floats(c), c));
-        }
-#pragma omp for schedule(dynamic, 1)
+// Where everything is in `scratch`, in floats. Tasks are the chunks of all requests, in order.
+struct Room {
+    int64_t tasks = 0, work = 0;  // work: numbers of K and V
+    int64_t *first, *left;        // of each request: its first task, and how many are not done yet
+    float *packed, *sums;
+    explicit Room(const Call& c) {
+        first = reinterpret_cast<int64_t*>((reinterpret_cast<uintptr_t>(c.scratch) + 63) & ~uintptr_t(63));
+        left = first + (c.requests + 7) / 8 * 8;
+        packed = reinterpret_cast<float*>(left + (c.requests + 7) / 8 * 8);
+        sums = packed + c.threads * packed_floats(c);
         for (int64_t r = 0; r < c.requests; r++) {
-            int64_t before = 0;
-            for (int64_t i = 0; i < r; i++) before += chunks(c, i);
-            finish<T>(c, r, parts + before * Sums::floats(c), chunks(c, r));
+            tasks += chunks(c, r);
+            work += (c.lengths[r] - first_token(c, r)) * c.kv_heads * (c.k_width + c.v_width);
         }
+    }
+    int64_t bytes(const Call& c) const {
+        return 64 + (c.requests + 7) / 8 * 8 * 16 + 4 * (c.threads * packed_floats(c) + tasks * Sums::floats(c));
+    }
+};
+
+template <class Where>
+void run(const Call& c, const Where& where) {
+    const Room room(c);
+    for (int64_t r = 0, task = 0; r < c.requests; task += chunks(c, r), r++) {
+        room.first[r] = task;
+        room.left[r] = chunks(c, r);
+    }
+    [[maybe_unused]] const int threads = int(room.work < SMALL ? 1 : std::min(c.threads, room.tasks));
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t task = 0; task < room.tasks; task++) {
+#if defined(_OPENMP)
+        float* packed = room.packed + omp_get_thread_num() * packed_floats(c);
+#else
+        float* packed = room.packed;
+#endif
+        const int64_t r = std::upper_bound(room.first, room.first + c.requests, task) - room.first - 1;
+        float* sums = room.sums + task * Sums::floats(c);
+        chunk(c, where, r, task - room.first[r], reinterpret_cast<f32*>(packed), Sums(sums, c));
+        // Whoever does the last chunk of a request puts it together: nobody waits for the others.
+        if (__atomic_sub_fetch(&room.left[r], 1, __ATOMIC_ACQ_REL) == 0)
+            finish(c, r, room.sums + room.first[r] * Sums::floats(c), chunks(c, r));
     }
 }
 
@@ -518,11 +531,7 @@ void run(const Call& c, const Where& where) {
 extern "C" {
 
 // Bytes that `scratch` must have.
-int64_t vattention_scratch(const Call* call) {
-    int64_t tasks = 0;
-    for (int64_t r = 0; r < call->requests; r++) tasks += chunks(*call, r);
-    return 64 + 4 * (call->threads * packed_floats(*call) + tasks * Sums::floats(*call));
-}
+int64_t vattention_scratch(const Call* call) { return Room(*call).bytes(*call); }
 
-void vattention_decode(const Call* call) { run<NUMBERS, WIDTH / UNIT>(*call, Slots{*call}); }
+void vattention_decode(const Call* call) { run(*call, Slots{*call}); }
 }
