@@ -10,12 +10,12 @@ from vattention.cli import main
 
 @pytest.fixture(autouse=True)
 def _little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_BYTES", 1 << 20)
+    monkeypatch.setattr(kernels, "_BYTES", 1 << 16)
 
 
 def test_every_combination_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "k.json"
-    few = ["--heads", "6/2x16,4/4x24", "--lengths", "5,40", "--requests", "3", "--rounds", "2", "--json", str(path)]
+    few = ["--heads", "6/2x16,4/4x24", "--lengths", "20,50", "--requests", "3", "--rounds", "2", "--json", str(path)]
     assert main(["bench", "kernels", *few]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(path.read_text())
@@ -25,14 +25,14 @@ def test_every_combination_is_measured(capsys: pytest.CaptureFixture[str], tmp_p
         assert case["bytes"] == 2 * 3 * case["length"] * kv_heads * width * (2 if case["dtype"] == "bfloat16" else 4)
         assert {"limit", "cpu_decode", "sdpa, folded", "sdpa, one call", "sdpa, enable_gqa"} >= set(case["seconds"])
         assert min(case["seconds"].values()) > 0
-    assert lines[2].startswith("6/2x16      5           bfloat16    token-major")
+    assert lines[2].startswith("6/2x16      20          bfloat16    token-major")
 
 
 def test_without_a_compiler_the_others_are_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_decode, "can", lambda *_: False)
-    few = ["--heads", "6/2x16", "--lengths", "5", "--requests", "1", "--rounds", "1", "--dtype", "float32"]
+    few = ["--heads", "6/2x16", "--lengths", "20", "--requests", "1", "--rounds", "1", "--dtype", "float32"]
     assert main(["bench", "kernels", *few, "--layout", "head-major"]) == 0
     assert "cpu_decode" not in capsys.readouterr().out
 

@@ -10,8 +10,8 @@
 // The loops are written with the vector extensions of GCC and clang, 16 floats at a time, which the compiler splits for
 // machines with narrower registers.
 //
-// Compiled with NUMBERS, what K, V, the query and the output are stored as (float, bf16 or f16), and WIDTH, that of K and
-// of V (a multiple of 32), or 0 for any: to know it makes the loops a third faster.
+// Compiled with NUMBERS, what K, V, the query and the output are stored as (float, bf16 or f16), and WIDTH, that of K
+// and of V (a multiple of 32), or 0 for any: to know it makes the loops a third faster.
 //
 // Where the tokens of a request lie is asked of one class, `Slots`. Nothing else knows about addresses.
 
