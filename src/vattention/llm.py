@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+import torch
+
 from vattention.async_llm import AsyncLLM
 from vattention.cache import CacheStats
 from vattention.engine.chat import Message
@@ -61,8 +63,10 @@ class LLM:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The network of transformers, its attention replaced by ours; for callers that hook into its passes."""
-        return self._loaded.model
+        """The network of transformers, its attention replaced by ours; for callers that hook into its
+        passes. Raises InvalidRequest once closed.
+        """
+        return self._opened().loaded.model
 
     @property
     def tokenizer(self) -> Any | None:
