@@ -47,14 +47,15 @@ VARIATIONS = {
 
 # What the shapes of these types are tied to.
 _HEADS_BY_WIDTH = ("biogpt", "ctrl", "gpt2", "gpt_bigcode", "gpt_neox", "modernbert-decoder", "opt", "persimmon", "phi")
-_OWN_SHAPE = {kind for kind, options in OPTIONS.items() if "kv_lora_rank" in options} | {"bitnet", "olmoe"}
+_OWN_SHAPE = {kind for kind, options in OPTIONS.items() if "kv_lora_rank" in options} | {"bitnet", "helium", "olmoe"}
 
 
 def changes_for(model_type: str, variation: Variation) -> dict[str, Any]:
     config = tiny_config(model_type)
     changes: dict[str, Any] = {"vocab_size": variation.vocab_size, "tie_word_embeddings": variation.tied}
     if model_type in _HEADS_BY_WIDTH:
-        changes |= {"num_attention_heads": 6 if variation.heads % 6 == 0 else 4, "num_key_value_heads": None}
+        heads = 6 if variation.heads % 6 == 0 else 4
+        changes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": HIDDEN // heads}
     elif model_type not in _OWN_SHAPE:
         kv_heads = 1 if model_type == "mimo_v2_flash" else variation.kv_heads  # sliding layers have twice as many
         changes |= {
@@ -67,8 +68,8 @@ def changes_for(model_type: str, variation: Variation) -> dict[str, Any]:
     if hasattr(config, "vocab_size_per_layer_input"):
         changes["vocab_size_per_layer_input"] = variation.vocab_size
     if variation.bias:
-        changes |= {name: True for name in ("attention_bias", "qkv_bias", "use_bias") if hasattr(config, name)}
-    return {name: value for name, value in changes.items() if value is not None}
+        changes |= {name: True for name in ("attention_bias", "bias", "qkv_bias", "use_bias") if hasattr(config, name)}
+    return changes
 
 
 def cases() -> list[Any]:
