@@ -375,6 +375,32 @@ def test_a_slot_that_cannot_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         nothing_is_left(engine, cache)
 
 
+def test_a_slot_that_cannot_be_taken_for_a_sample_whose_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end with it, though they were to be in the same pass."""
+    engine, runner, cache = engine_with(max_num_seqs=3)
+    with cache:
+        count_forks(cache, runner)
+        bad = engine.add_request([1] * 3, SamplingParams(temperature=1e-9, max_tokens=8, n=2))
+        good = engine.add_request([2] * 3, GREEDY)
+        runner.fail_at = 3
+        while not runner.failures:
+            engine.step()
+        engine.step()  # the first sample alone
+        assert bad.slot is not None
+
+        def failing(tokens: int = 0) -> int | None:
+            raise DriverError("unmap", 5, "the test wants it so")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "alloc", failing)
+            engine.step()
+        assert [sample.finish_reason for sample in bad.family] == ["error"] * 2
+        assert isinstance(bad.error, DriverError)
+        assert isinstance(good.error, DriverError), "it was alone then, and got no slot either"
+        finish(engine)
+        nothing_is_left(engine, cache)
+
+
 def test_a_cache_that_was_closed_is_nobodys_fault() -> None:
     engine, _, cache = engine_with()
     requests = [engine.add_request([i], SamplingParams(temperature=1e-9, max_tokens=8, n=2)) for i in range(3)]

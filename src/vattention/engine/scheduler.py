@@ -200,7 +200,8 @@ class Scheduler:
             if request.suspect and len(chunks) > before:
                 break  # it takes the next pass for itself
             if not self._admit(request):
-                break
+                # It may have failed, and other samples of its request with it.
+                return [chunk for chunk in chunks if not chunk.request.finished]
             if request.suspect:
                 chunks, room = [], self._max_num_batched_tokens
                 self._take(chunks, request, room)
