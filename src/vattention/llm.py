@@ -308,7 +308,7 @@ class LLM:
 def _origin(loaded: LoadedModel) -> str:
     """That the weights were quantised, and what keeping them dequantised costs."""
     size = loaded.dequantised_from
-    return "" if size is None else f", dequantised from {format_size(size)} of GGUF"
+    return "" if size is None else f", dequantised from {format_size(size)}"
 
 
 def _run(engine: Engine, requests: Sequence[Request], use_tqdm: bool) -> None:
