@@ -43,7 +43,8 @@ Compared with transformers on the same quantised files, on a CPU:
 | bitsandbytes, 4 bits | kept in 4 bits; rounds inside like bfloat16 | accelerate, bitsandbytes |
 
 Others are refused by name: most need a GPU, and bitsandbytes in 8 bits looks for outliers over the whole batch, so that
-requests would change each other.
+requests would change each other. A GGUF file whose RoPE scaling transformers does not read is refused too; that of
+Llama 3 is recognised and applied.
 
 ## Accepted
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vattention.attention.base import NAME, register
-from vattention.engine.gguf import GGUFFile, read_gguf, read_once
+from vattention.engine.gguf import GGUFFile, check_rope, read_gguf, read_once
 from vattention.engine.judge import Geometry, judge
 from vattention.engine.quantised import DEQUANTISED, method_of
 from vattention.engine.weights import bytes_as, check_room, check_safetensors, stored_bytes
@@ -88,6 +88,8 @@ def load_model(
     wanted = parse_dtype(dtype)
     source = find(model)
     gguf = read_gguf(str(source)) if source.gguf_file else None
+    if gguf is not None:
+        check_rope(gguf)
     register()
     with _quiet(), contextlib.nullcontext() if gguf is None else read_once(gguf):
         config = _read_config(source, trust_remote_code)
