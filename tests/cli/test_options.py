@@ -1,7 +1,6 @@
 """Options, and the documentation of them."""
 
 import argparse
-import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vattention import LLM, SamplingParams
+from vattention import SamplingParams
 from vattention.cli.arguments import parser
+from vattention.engine.opening import LLMOptions
 
 DOCS = Path(__file__).parents[2] / "docs" / "commands.md"
 
@@ -35,7 +35,7 @@ def names(of: argparse.ArgumentParser) -> set[str]:
 
 
 def test_every_option_of_llm_is_one_of_the_commands_that_open_one() -> None:
-    options = set(inspect.signature(LLM.__init__).parameters) - {"self"}
+    options = set(LLMOptions.__annotations__) | {"model"}
     assert options <= names(command("generate"))
     assert options - {"max_num_seqs"} <= names(command("chat"))  # a conversation is one request
 

@@ -51,7 +51,8 @@ def test_a_position_bias_is_refused_by_name() -> None:
     biased = set()
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         module = importlib.util.find_spec(getattr(transformers, name).__module__)
-        assert module is not None and module.origin is not None
+        assert module is not None
+        assert module.origin is not None
         if re.search(r"\b(position_bias=|build_alibi|build_mpt_alibi|rel_attn_core)", Path(module.origin).read_text()):
             biased.add(model_type)
             assert "position bias" in REFUSED[model_type], model_type
