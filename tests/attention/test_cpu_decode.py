@@ -214,6 +214,83 @@ def test_what_the_kernel_does_not_read() -> None:
     assert not cpu_decode.can(query.to("meta"), keys.to("meta"), values.to("meta"))
 
 
+PAGED = """
+#include KERNEL
+
+namespace {
+
+struct Pages {  // of SIZE tokens, anywhere; `slots` is the block table, `mask_row` entries a request
+    const Call& call;
+    void find(int64_t request, int64_t first, int n, int64_t* k, int64_t* v) const {
+        for (int i = 0; i < n; i++) {
+            const int64_t token = first + i, page = call.slots[request * call.mask_row + token / SIZE];
+            k[i] = page * call.k_slot + token % SIZE * call.k_token;
+            v[i] = page * call.v_slot + token % SIZE * call.v_token;
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" void paged(const Call* call) { run(*call, Pages{*call}); }
+"""
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_paged_cache_differs_in_where_tokens_are_and_in_nothing_else(size: int, tmp_path: Any) -> None:
+    """The same kernel over a block table: the same result, to the last bit."""
+    source = tmp_path / "paged.cpp"
+    source.write_text(PAGED)
+    kernel = f'"{cpu_decode._SOURCE}"'
+    library = native.load(source, NUMBERS="float", WIDTH=64, SIZE=size, KERNEL=kernel)
+    assert library is not None
+    keys, values = layer(3, 640)
+    query = torch.randn(3, 9, 64)
+    lengths = torch.tensor([640, 1, 333])
+    contiguous = torch.empty(3, 9, 64)
+    everyone = torch.arange(3)
+    decode(query, keys, values, Features(window=600), Requests(everyone, everyone, lengths), contiguous)
+
+    pages = 640 // size
+    table = torch.randperm(3 * pages)
+    scattered = [torch.full((3 * pages, size, 3, 64), math.nan) for _ in range(2)]
+    for pool, whole in zip(scattered, (keys, values), strict=True):
+        for request in range(3):
+            pool[table[request * pages : (request + 1) * pages]] = whole[request].unflatten(0, (pages, size))
+    out = torch.empty(3, 9, 64)
+    call = cpu_decode._Call(
+        requests=3,
+        q_heads=9,
+        kv_heads=3,
+        k_width=64,
+        v_width=64,
+        window=600,
+        threads=1,
+        **{name: tensor.data_ptr() for name, tensor in zip("kvq", (*scattered, query), strict=True)},
+        k_slot=size * 192,
+        k_token=192,
+        k_head=64,
+        v_slot=size * 192,
+        v_token=192,
+        v_head=64,
+        out=out.data_ptr(),
+        q_row=576,
+        q_head=64,
+        out_row=576,
+        out_head=64,
+        mask_row=pages,
+        slots=table.data_ptr(),
+        rows=everyone.data_ptr(),
+        lengths=lengths.data_ptr(),
+        scale=0.125,
+    )
+    library.vattention_scratch.restype = ctypes.c_int64
+    scratch = torch.empty(library.vattention_scratch(ctypes.byref(call)), dtype=torch.uint8)
+    call.scratch = scratch.data_ptr()
+    library.paged(ctypes.byref(call))
+    assert torch.equal(out, contiguous)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-march=x86-64", "-march=x86-64-v3", "-O1 -fsanitize=undefined"])
 @pytest.mark.parametrize("dtype", list(ERROR))

@@ -122,6 +122,7 @@ def test_without_a_compiler_there_is_one_warning(
     assert not cache.exists() or not list(cache.iterdir())
 
 
+@needs_compiler
 def test_without_a_compiler_the_results_are_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     keys, values, query = torch.randn(2, 300, 2, 64), torch.randn(2, 300, 2, 64), torch.randn(6, 5, 64)

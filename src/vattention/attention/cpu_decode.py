@@ -74,6 +74,7 @@ def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     tensors = (query, keys, values)
     return (
         query.dtype in _NUMBERS
+        and not torch.compiler.is_compiling()  # which cannot look into a library; stock attention it can
         and all(x.device.type == "cpu" and x.dtype == query.dtype and x.stride(-1) == 1 for x in tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and _library(query.dtype, keys.shape[-1], values.shape[-1]) is not None
