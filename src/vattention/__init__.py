@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
         VAttentionError,
     )
+    from vattention.integrations.transformers_cache import VirtualCache
     from vattention.llm import LLM
 
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "RequestOutput": "vattention.engine.outputs",
     "SamplingParams": "vattention.engine.sampling_params",
     "LLM": "vattention.llm",
+    "VirtualCache": "vattention.integrations.transformers_cache",
     "ConfigError": "vattention.errors",
     "DriverError": "vattention.errors",
     "InvalidRequest": "vattention.errors",
@@ -50,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "UnsupportedModel",
     "VAttentionError",
+    "VirtualCache",
 ]
 
 
