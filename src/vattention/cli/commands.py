@@ -143,6 +143,13 @@ def bench_growth(args: argparse.Namespace) -> int:
     return run(_filled(GrowthBench, args, engine=EngineOptions(**_given(args, (*_CAPACITY, *_LAYOUT)))))
 
 
+def bench_generate(args: argparse.Namespace) -> int:
+    """Decode under transformers' generate(), by cache and by attention function."""
+    from vattention.bench.generate import GenerateBench, run
+
+    return run(_filled(GenerateBench, args))
+
+
 def bench_driver(args: argparse.Namespace) -> int:
     """Time each call of the driver."""
     from vattention.bench.driver import report

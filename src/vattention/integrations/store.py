@@ -160,6 +160,11 @@ class Store:
         """Whether the last user has left."""
         return not self._closer.alive
 
+    @property
+    def page_size(self) -> int | None:
+        """Bytes; None before the first layer is there."""
+        return self._pool[0][0].page_size if self._pool else None
+
     def give_back(self) -> None:
         """Return free pages to the system, where there are many beside those in use."""
         for pool, _ in self._pool:

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vattention.cache import CacheStats
-from vattention.errors import ConfigError, InvalidRequest
+from vattention.errors import ConfigError, InvalidRequest, OutOfPages
 from vattention.integrations.store import Sizing, Store
 from vattention.integrations.virtual_layer import VirtualLayer
 
@@ -102,7 +102,8 @@ class VirtualCache(DynamicCache):
         """Write new tokens of a layer, and return K and V of all its tokens: zero-copy views.
 
         Raises:
-            InvalidRequest: the cache is closed, or made for another model or batch. OutOfPages: the memory is full.
+            InvalidRequest: the cache is closed, or made for another model or batch.
+            OutOfPages: the memory is full. Full attention layers are as they were before the forward pass.
         """
         if not self._closer.alive:
             raise InvalidRequest("this cache is closed: make a new VirtualCache")
@@ -110,7 +111,20 @@ class VirtualCache(DynamicCache):
             raise InvalidRequest(
                 f"there is no layer {layer_idx}: this cache was made for a model of {len(self.layers)} layers"
             )
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        try:
+            return layer.update(key_states, value_states, *args, **kwargs)
+        except OutOfPages:
+            if isinstance(layer, VirtualLayer):
+                self._take_back(key_states.shape[-2], layer.get_seq_length(), layer_idx)
+            raise
+
+    def _take_back(self, tokens: int, length: int, layer_idx: int) -> None:
+        """Let go of what the layers before `layer_idx` got in the pass that cannot go on."""
+        for layer in self.layers[:layer_idx]:
+            if isinstance(layer, VirtualLayer) and layer.get_seq_length() == length + tokens:
+                layer.crop(-tokens)
+        self._store.give_back()
 
     def reset(self) -> None:
         """Forget all tokens, ready for another batch. The mask of the first prompt does not count any more."""
@@ -163,6 +177,11 @@ class VirtualCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
         return self.fork()
+
+    @property
+    def page_size(self) -> int | None:
+        """Bytes of a page; None before the first token."""
+        return self._store.page_size
 
     def stats(self) -> CacheStats:
         """What full attention layers hold, of this cache and its forks together, in bytes; see `CacheStats`.

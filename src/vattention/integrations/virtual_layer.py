@@ -67,6 +67,11 @@ class VirtualLayer(DynamicLayer):
         """Of K and V."""
         return None if self._kind is None else self._kind.device
 
+    @property
+    def head_major(self) -> bool:
+        """Whether each head is a stream of its own. False before the first update."""
+        return self._cache is not None and self._cache.layout.head_major
+
     def get_seq_length(self) -> int:
         """Tokens in every row, padding included."""
         return self._length
