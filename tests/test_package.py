@@ -8,7 +8,7 @@ import pytest
 import vattention
 
 ERRORS = ["VAttentionError", "OutOfPages", "DriverError", "UnsupportedModel", "InvalidRequest", "ConfigError"]
-PUBLIC = ["LLM", "SamplingParams", "RequestOutput", "KVCache", "KVLayout", "CacheStats", *ERRORS]
+PUBLIC = ["LLM", "SamplingParams", "RequestOutput", "KVCache", "KVLayout", "CacheStats", "VirtualCache", *ERRORS]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

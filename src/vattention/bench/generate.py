@@ -1,8 +1,8 @@
 """`vattention bench generate`: decoding under transformers' own generate(), by cache and by attention function.
 
-Four sides: `DynamicCache` and `VirtualCache`, each under `attn_implementation="sdpa"` and `"vattention"`. All decode the
-same few tokens behind the same context, in rounds that alternate, in one process, so that what the machine does
-meanwhile meets all of them. The context is written straight into the caches: what it says does not change the time.
+Four sides: `DynamicCache` and `VirtualCache`, each under `attn_implementation="sdpa"` and `"vattention"`. All decode
+a few tokens behind the same context, in rounds that alternate, in one process, so that what the machine does meanwhile
+meets all of them. The context is written straight into the caches: what it says does not change the time.
 
 With `--memory` nothing is timed: the bytes that caches hold are counted, and the bytes that a token moves.
 """
@@ -82,7 +82,7 @@ def run(options: GenerateBench) -> int:
         failures = [bar.name for bar in result if not bar.passed]
         rows: Any = [asdict(bar) for bar in result]
     else:
-        print(f"{loaded.name}, {dtype}: batch {options.batch}, {options.tokens} tokens a round, {options.rounds} rounds")
+        print(f"{loaded.name}, {dtype}: {options.batch} rows, {options.tokens} tokens a round, {options.rounds} rounds")
         register()
         rows = {context: _measure(loaded.model, options, context) for context in options.contexts}
         failures = _report(rows, options)

@@ -62,7 +62,14 @@ class _Geometry:
 
     def update(self, cache: Any, batch: int, tokens: int) -> None:
         """One forward pass."""
-        states = torch.zeros(1, 1, 1, 1, dtype=self.dtype).expand(batch, self.heads, tokens, self.width)
+        self.write(cache, self.states(batch, tokens))
+
+    def states(self, batch: int, tokens: int) -> torch.Tensor:
+        """K or V of one layer."""
+        return torch.zeros(1, 1, 1, 1, dtype=self.dtype).expand(batch, self.heads, tokens, self.width)
+
+    def write(self, cache: Any, states: torch.Tensor) -> None:
+        """The same K and V in every layer."""
         for layer in range(self.layers):
             cache.update(states, states, layer)
 
@@ -80,7 +87,7 @@ def _growing(model: _Geometry) -> Bar:
             model.update(cache, 4, 1)
         stats = cache.stats()
         streams = sum(2 * (model.heads if layer.head_major else 1) for layer in cache.layers)
-        page = cache.page_size
+        page = cache.page_size or 0
     dynamic = 4 * 1003 * model.token
     return Bar(
         "4 rows of 1,003 tokens, against DynamicCache (and a page a stream)",
@@ -153,13 +160,14 @@ def written(work: Callable[[], None]) -> int:
 
 def _moved(model: _Geometry) -> list[Bar]:
     """What one more token of 4 rows writes, at two lengths of context."""
-    bytes_: dict[str, list[int]] = {"VirtualCache": [], "DynamicCache": []}
+    ours: list[int] = []
+    dynamic: list[int] = []
+    states = model.states(4, 1)
     for tokens in (500, 4000):
-        with VirtualCache(model.config) as ours:
-            for name, cache in (("VirtualCache", ours), ("DynamicCache", DynamicCache(config=model.config))):
-                model.update(cache, 4, tokens)
-                bytes_[name].append(written(lambda cache=cache: model.update(cache, 4, 1)))  # type: ignore[misc]
-    ours, dynamic = bytes_["VirtualCache"], bytes_["DynamicCache"]
+        with VirtualCache(model.config) as cache:
+            for other, counts in ((cache, ours), (DynamicCache(config=model.config), dynamic)):
+                model.update(other, 4, tokens)
+                counts.append(written(lambda other=other: model.write(other, states)))  # type: ignore[misc]
     return [
         Bar("bytes a token of 4 rows writes, at 500 tokens, against its K and V", ours[0], 4 * model.token, 1.0),
         Bar("the same at 4,000 tokens", ours[1], 4 * model.token, 1.0),

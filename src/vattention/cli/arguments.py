@@ -49,10 +49,13 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(chosen)
     _add_info(chosen)
     _add_verify(chosen)
-    bench = chosen.add_parser("bench", help="measurements: memory, growth, driver", description="Measurements.")
+    bench = chosen.add_parser(
+        "bench", help="measurements: memory, growth, generate, driver", description="Measurements."
+    )
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     _add_bench_memory(benches)
     _add_bench_growth(benches)
+    _add_bench_generate(benches)
     _add_bench_driver(benches)
     return top
 
@@ -200,6 +203,22 @@ def _add_bench_growth(to: Any) -> None:
     _add_layout(parser)
 
 
+def _add_bench_generate(to: Any) -> None:
+    about = "decode under transformers' own generate(), by cache and by attention function"
+    parser = _add(to, "generate", commands.bench_generate, about, _BENCH_GENERATE)
+    add = parser.add_argument
+    _add_model(parser)
+    add("--memory", action="store_true", default=argparse.SUPPRESS, help="count bytes held and moved; time nothing")
+    add("--contexts", type=_numbers, metavar="N,...", help="tokens before those that are decoded (2000,8000)")
+    add("--batch", type=int, metavar="N", help="rows (4)")
+    add("--tokens", type=int, metavar="N", help="decoded in a round of a side (8)")
+    add("--rounds", type=int, metavar="N", help="of each side (5)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 or auto (bfloat16)")
+    add("--min-cache", type=float, metavar="X", help="times as fast the cache alone must be (1)")
+    add("--min-both", type=float, metavar="X", help="times as fast cache and attention must be together (2)")
+    add("--json", metavar="F", help="write the result to this file")
+
+
 def _add_bench_driver(to: Any) -> None:
     about = "time each call of the driver, by page size"
     parser = _add(to, "driver", commands.bench_driver, about, _BENCH_DRIVER)
@@ -334,6 +353,16 @@ Exit code 1: the engine's thread made a driver call between two tokens, or decod
 examples:
   vattention bench growth
   vattention bench growth --requests 4 --page-size 4KiB --rounds 9 --json growth.json
+"""
+
+_BENCH_GENERATE = """\
+DynamicCache and VirtualCache, each with attn_implementation="sdpa" and "vattention", take turns in one process.
+Exit code 1: a bar of speed (--min-cache, --min-both) or of memory is missed.
+
+examples:
+  vattention bench generate
+  vattention bench generate --contexts 500,4000 --rounds 9 --json generate.json
+  vattention bench generate --memory
 """
 
 _BENCH_DRIVER = """\
