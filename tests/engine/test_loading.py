@@ -15,7 +15,7 @@ import torch
 from support.models import demo_model, tiny_config, tiny_model
 from vattention.engine import weights
 from vattention.engine.judge import judge
-from vattention.engine.loading import find, load_model, parse_dtype
+from vattention.engine.loading import load_model, parse_dtype
 from vattention.engine.weights import check_safetensors
 from vattention.errors import ConfigError, UnsupportedModel
 
@@ -283,16 +283,6 @@ def test_a_chat_template_that_is_none(tmp_path: Path, template: str) -> None:
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ConfigError, match=r"chat template of .* is damaged: line 1"):
         load_model(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["junk", "cut short"])
-def test_damaged_gguf(tmp_path: Path, content: str) -> None:
-    source = find(None)
-    path = tmp_path / "model.gguf"
-    with open(Path(source.name) / str(source.gguf_file), "rb") as file:
-        path.write_bytes(b"junk" * 100 if content == "junk" else file.read(5000))
-    with pytest.raises(ConfigError, match=r"model\.gguf.*damaged"):
-        load_model(path)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere", "a/b/c", "nowhere.gguf", "a\0b", "a b"])

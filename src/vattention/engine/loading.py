@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from vattention.attention.base import NAME, register
+from vattention.engine.gguf import GGUFFile, read_gguf, read_once
 from vattention.engine.judge import Geometry, judge
-from vattention.engine.weights import bytes_as, check_room, check_safetensors, gguf_numbers
+from vattention.engine.weights import bytes_as, check_room, check_safetensors
 from vattention.errors import ConfigError, UnsupportedModel
 from vattention.memory.sizes import format_size
 
@@ -85,12 +86,13 @@ def load_model(
     """
     wanted = parse_dtype(dtype)
     source = find(model)
+    gguf = read_gguf(str(source)) if source.gguf_file else None
     register()
-    with _quiet():
+    with _quiet(), contextlib.nullcontext() if gguf is None else read_once(gguf):
         config = _read_config(source, trust_remote_code)
         geometry = judge(config)
         geometry.longest_request(max_model_len)
-        network = _read_weights(source, config, wanted)
+        network = _read_weights(source, gguf, config, wanted)
         tokenizer = _read_tokenizer(source, trust_remote_code)
     _check_tokenizer(source, tokenizer, geometry.vocab_size)
     network.eval().requires_grad_(False)
@@ -125,6 +127,13 @@ def find(model: str | os.PathLike[str] | None) -> Source:
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model must be a path, a hub id or None, not {type(model).__name__}")
     path = Path(model).expanduser()
+    try:
+        return _look(model, path)
+    except OSError as error:  # a directory on the way that is not ours to read, a name that is too long
+        raise ConfigError(f"cannot read {str(model)!r}: {error.strerror}") from None
+
+
+def _look(model: str | os.PathLike[str], path: Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"{path} is a file but no .gguf: give the directory of the model")
@@ -159,15 +168,15 @@ def _read_config(source: Source, trust: bool) -> Any:
         return AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust)
 
 
-def _read_weights(source: Source, config: Any, dtype: torch.dtype | None) -> Any:
+def _read_weights(source: Source, gguf: GGUFFile | None, config: Any, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     if dtype is None:
-        dtype = torch.float32 if source.gguf_file else _of(config, "dtype") or torch.float32
+        dtype = torch.float32 if gguf else _of(config, "dtype") or torch.float32
         if dtype not in _DTYPES.values():
             raise UnsupportedModel(f"the checkpoint is in {dtype}: pass dtype, one of {', '.join(_DTYPES)}")
     with _errors_of(source, "weights"):
-        _check_files(source, dtype)
+        _check_files(source, gguf, dtype)
         model, report = AutoModelForCausalLM.from_pretrained(
             **source.arguments,
             config=config,
@@ -186,11 +195,11 @@ def _read_weights(source: Source, config: Any, dtype: torch.dtype | None) -> Any
     return model
 
 
-def _check_files(source: Source, dtype: torch.dtype) -> None:
+def _check_files(source: Source, gguf: GGUFFile | None, dtype: torch.dtype) -> None:
     """That the files of a local model are whole and will fit. Those of the hub are checked by its client."""
-    if source.gguf_file is not None:
+    if gguf is not None:
         why = f" (dequantised to {str(dtype).removeprefix('torch.')} from {format_size(os.path.getsize(str(source)))})"
-        check_room(str(source), bytes_as(gguf_numbers(str(source)), dtype), why)
+        check_room(str(source), bytes_as(gguf.numbers, dtype), why)
     elif source.local:
         numbers = check_safetensors(Path(source.name))
         if numbers is not None:

@@ -7,10 +7,8 @@ model too large for this machine, is one message in milliseconds and not an erro
 from __future__ import annotations
 
 import json
-import os
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -78,14 +76,6 @@ def check_room(what: str, needed: int, why: str = "") -> None:
             f"{what} needs {format_size(needed)} for its weights{why}, and {format_size(headroom)} of memory are left:"
             " take a smaller model or dtype, or a larger machine"
         )
-
-
-def gguf_numbers(path: str | os.PathLike[str]) -> int:
-    """Numbers in a GGUF file. Raises what `gguf` raises for a file that is damaged."""
-    from gguf import GGUFReader
-
-    tensors: list[Any] = GGUFReader(path).tensors
-    return sum(int(tensor.n_elements) for tensor in tensors)
 
 
 def bytes_as(numbers: int, dtype: torch.dtype) -> int:
