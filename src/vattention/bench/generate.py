@@ -46,6 +46,8 @@ class GenerateBench:
 
     model: str | None = None
     dtype: str = "bfloat16"
+    device: str = "auto"
+    trust_remote_code: bool = False
     batch: int = 4
     contexts: tuple[int, ...] = (2000, 8000)
     tokens: int = 8
@@ -73,7 +75,9 @@ def run(options: GenerateBench) -> int:
     check_writable(options.json)
     if min(options.batch, options.tokens, options.rounds, *options.contexts) < 1:
         raise ConfigError("batch, tokens, rounds and contexts: at least 1")
-    loaded = load_model(options.model, dtype=options.dtype)
+    if options.device not in ("auto", "cpu"):
+        raise ConfigError(f"--device {options.device}: this measurement is for CPUs")
+    loaded = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     dtype = str(loaded.dtype).removeprefix("torch.")
     if options.memory:
         print(f"{loaded.name}, {dtype}: bytes, counted")

@@ -122,7 +122,8 @@ class Store:
         layout = self._layout(kind, batch)
         if not self._pool:
             memory = self.sizing.memory
-            if memory is None:  # no budget but the machine's: every page is created for real, or refused
+            if memory is None and kind.device.type == "cpu":
+                # No budget but the machine's: every page is created for real, or refused.
                 memory = layout.size * self.sizing.num_layers
             page_size = self.sizing.page_size
             if page_size is None and kind.device.type == "cpu":
