@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def blocks(path: str) -> list[str]:
     """The Python in a guide that has to do with VirtualCache."""
     found = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
-    return [block for block in found if "VirtualCache" in block or "cache." in block and path != "README.md"]
+    return [block for block in found if "VirtualCache" in block or ("cache." in block and path != "README.md")]
 
 
 @pytest.fixture(scope="module")

@@ -233,11 +233,6 @@ ALONE = [
     act("step", b=22),
     act("resize", 60),
     act("step", b=40),
-    act("reorder", c="b"),  # over pages of its own
-    act("step", c=43, b=43),
-    act("reorder", b="c", c="b"),  # neither had anything the other has, past what they share
-    act("free", "b", "c"),
-    act("trim"),
     act("close"),
 ]
 

@@ -260,6 +260,26 @@ def test_one_prompt_for_many_samples():
 
 
 @torch.no_grad()
+def test_as_many_rows_as_are_reserved():
+    """Rows are added in place where no fork can be behind them, and elsewhere where one may be."""
+    model, ids = model_of("llama"), prompts()[0][:1]
+    with VirtualCache(model.config, max_batch_size=8) as cache:
+        forward(model, cache, ids)
+        cache.batch_repeat_interleave(8)
+        assert forward(model, cache, ids[:, :1].repeat(8, 1)).shape[0] == 8
+        cache.batch_select_indices(torch.tensor([2]))
+        with cache.fork() as twin:
+            cache.batch_repeat_interleave(3)
+            said = forward(model, None, torch.cat([ids, ids[:, :1], ids[:, 4:6]], 1))[:, -2:]
+            for kept in (cache, twin):
+                logits = forward(model, kept, ids[:, 4:6].repeat(len(kept.layers[0].keys), 1))
+                assert torch.allclose(logits, said.expand_as(logits), atol=1e-4)
+            with pytest.raises(ConfigError, match="no 6 neighbouring rows"):
+                cache.batch_repeat_interleave(2)
+            assert torch.equal(*[kept.layers[0].keys[:1, :, : ids.shape[1] + 1] for kept in (cache, twin)])
+
+
+@torch.no_grad()
 def test_reset_makes_it_ready_for_another_batch():
     model, (ids, mask) = model_of("llama"), prompts()
     with VirtualCache(model.config, attention_mask=mask) as cache:

@@ -199,27 +199,29 @@ class VirtualLayer(DynamicLayer):
             return
         cache, rows, batch = self._cache, self._rows, len(sources)
         sources = [range(len(rows))[source] for source in sources]  # negative ones count from the end
-        if batch > len(rows):
+        if batch <= len(rows) or (self._store.users == 1 and rows.start + batch <= cache.layout.max_num_seqs):
+            target = range(rows.start, rows.start + batch)
+        else:  # the rows behind may be a fork's
             self._take(cache, batch)
+            target = self._rows
         try:
-            cache.reorder({row: rows[source] for row, source in zip(self._rows, sources, strict=False)})
+            cache.reorder({row: rows[source] for row, source in zip(target, sources, strict=True)})
         except BaseException:
-            if self._rows != rows:
-                self._free(self._rows)
+            if target.start != rows.start:
                 self._show(rows)
+                self._free(target)
             raise
         self._padding = [self._padding[source] for source in sources]
-        if self._rows != rows:
-            self._free(rows)
-        elif batch < len(rows):
-            self._show(rows[:batch])
-            self._free(rows[batch:])
+        if target != rows:
+            self._show(target)
+            self._free(range(max(target.stop, rows.start), rows.stop) if target.start == rows.start else rows)
 
     def _free(self, rows: range) -> None:
         assert self._cache is not None
         for row in rows:
             self._cache.free(row)
-        self._cache.trim()
+        if rows:
+            self._cache.trim()
 
     def release(self) -> None:
         """Give the rows back."""
