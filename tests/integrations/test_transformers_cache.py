@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from support.models import demo_model, tiny_model
 from vattention import ConfigError, InvalidRequest, OutOfPages, VirtualCache
+from vattention.attention import register
 from vattention.integrations.virtual_layer import VirtualLayer
 
 _LINEAR = {
@@ -183,6 +184,51 @@ def test_layouts_and_pages_change_nothing(head_major, page_size):
     expected = generate(model, DynamicCache(config=model.config), ids, mask, num_beams=3)
     with VirtualCache(model.config, head_major=head_major, page_size=page_size) as cache:
         assert torch.equal(generate(model, cache, ids, mask, num_beams=3), expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "vattention"])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gpt2"])
+def test_other_attention_functions(model_type, implementation):
+    """They get strided views, and zeros where padding is."""
+    register()
+    model, (ids, mask) = model_of(model_type), prompts()
+    model.set_attn_implementation(implementation)
+    try:
+        compare(model, ids, mask)
+        compare(model, ids, mask, num_beams=3)
+    finally:
+        model.set_attn_implementation("eager")
+
+
+def test_early_exit():
+    """Some layers go on where others stop."""
+    ids = prompts()[0][:1]
+    compare(model_of("llama"), ids, torch.ones_like(ids), assistant_early_exit=2)
+
+
+def test_what_beams_hold_and_copy():
+    """8 beams of a 2,000-token prompt, while generate() searches: one prompt, and what each has written since."""
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 4096}
+    model = tiny_model("llama", **sizes, num_attention_heads=2)
+    model.set_attn_implementation("sdpa")
+    ids = torch.randint(3, 200, (1, 2000), generator=torch.Generator().manual_seed(0))
+    streams, page = 2 * 2, 4096
+    seen: list[Any] = []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(cache.stats())
+        return scores
+
+    with VirtualCache(model.config, page_size=page) as cache:
+        generate(
+            model, cache, ids, torch.ones_like(ids), num_beams=8, max_new_tokens=12,
+            logits_processor=LogitsProcessorList([look]),
+        )  # fmt: skip
+    one = -(-2000 * 256 // page) * page * streams
+    for step, stats in enumerate(seen[1:], start=1):  # the first sees eight prompts computed, and reorders them next
+        assert stats.created <= 1.2 * one, f"step {step}"
+        assert stats.copied <= step * 8 * streams * (page - 1)
+    assert seen[-1].copied > seen[1].copied
 
 
 def test_encoder_and_decoder():

@@ -91,7 +91,7 @@ class Store:
         self.users = 1
         self._caches: dict[int, tuple[Kind, KVCache]] = {}
         self._pool: list[tuple[PagePool, Driver | None]] = []  # one, once the first layer is there
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may run in the middle of opening a layer
         self._closer = weakref.finalize(self, _close, self._caches, self._pool, os.getpid())
         self._closer.atexit = False
 
