@@ -1,4 +1,4 @@
-"""The memory behind a `VirtualCache` and its forks: one pool, and a `KVCache` for each layer."""
+"""The memory behind a `VirtualCache` and its forks: a `KVCache` for each layer, and one pool for those of a device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 
 from vattention.cache import CacheStats, KVCache, KVLayout
 from vattention.cache.layout import LayerShape
-from vattention.cache.opening import open_pool
 from vattention.errors import ConfigError, InvalidRequest
-from vattention.memory import Driver, PagePool
+from vattention.memory import PagePool
 from vattention.memory.limits import max_map_count
 
 _ROWS = 64
@@ -90,9 +89,9 @@ class Store:
         self.sizing = sizing
         self.users = 1
         self._caches: dict[int, tuple[Kind, KVCache]] = {}
-        self._pool: list[tuple[PagePool, Driver | None]] = []  # one, once the first layer is there
+        self._first: dict[torch.device, KVCache] = {}  # opens the pool, and takes it along when it closes
         self._lock = threading.RLock()  # a finalizer may run in the middle of opening a layer
-        self._closer = weakref.finalize(self, _close, self._caches, self._pool, os.getpid())
+        self._closer = weakref.finalize(self, _close, self._caches, self._first, os.getpid())
         self._closer.atexit = False
 
     def layer(self, index: int, kind: Kind, batch: int) -> KVCache:
@@ -111,28 +110,26 @@ class Store:
                     return cache
                 if cache.stats().live_slots:
                     raise InvalidRequest(f"layer {index} is in use with {was} and cannot become {kind}")
-                cache.close()
                 del self._caches[index]
+                if cache not in self._first.values():
+                    cache.close()
             with torch.inference_mode(False):  # else the views could not be written outside inference mode
                 cache = self._open(kind, batch)
             self._caches[index] = kind, cache
             return cache
 
     def _open(self, kind: Kind, batch: int) -> KVCache:
-        layout = self._layout(kind, batch)
-        if not self._pool:
-            memory = self.sizing.memory
-            if memory is None and kind.device.type == "cpu":
-                # No budget but the machine's: every page is created for real, or refused.
+        layout, device = self._layout(kind, batch), kind.device
+        if device in self._first:
+            return KVCache(layout, device=device, pool=self._first[device].pool)
+        memory, page_size = self.sizing.memory, self.sizing.page_size
+        if device.type == "cpu":
+            if memory is None:  # no budget but the machine's: every page is created for real, or refused
                 memory = layout.size * self.sizing.num_layers
-            page_size = self.sizing.page_size
-            if page_size is None and kind.device.type == "cpu":
-                page_size = _HOST_PAGE
-            guard = self.sizing.guard
-            self._pool.append(
-                open_pool(layout, device=kind.device, memory=memory, page_size=page_size, pool=None, guard=guard)
-            )
-        return KVCache(layout, device=kind.device, pool=self._pool[0][0])
+            page_size = _HOST_PAGE if page_size is None else page_size
+        cache = KVCache(layout, device=device, memory=memory, page_size=page_size, guard=self.sizing.guard)
+        self._first[device] = cache
+        return cache
 
     def _layout(self, kind: Kind, batch: int) -> KVLayout:
         sizing = self.sizing
@@ -164,11 +161,15 @@ class Store:
     @property
     def page_size(self) -> int | None:
         """Bytes; None before the first layer is there."""
-        return self._pool[0][0].page_size if self._pool else None
+        return max((pool.page_size for pool in self._pools), default=None)
+
+    @property
+    def _pools(self) -> list[PagePool]:
+        return [cache.pool for cache in self._first.values()]
 
     def give_back(self) -> None:
         """Return free pages to the system, where there are many beside those in use."""
-        for pool, _ in self._pool:
+        for pool in self._pools:
             stats = pool.stats()
             if stats.free * 8 > stats.in_use:
                 pool.trim()
@@ -201,21 +202,20 @@ class Store:
                 for row in taken if not cache.closed else ():
                     cache.free(row)
 
-        for pool, _ in self._pool:
-            pool.defer(free)
+        if self._first:
+            self._pools[0].defer(free)
 
 
-def _close(caches: dict[int, tuple[Kind, KVCache]], pools: list[tuple[PagePool, Driver | None]], owner: int) -> None:
+def _close(caches: dict[int, tuple[Kind, KVCache]], first: dict[torch.device, KVCache], owner: int) -> None:
     if os.getpid() != owner:
         return
     for _, cache in caches.values():
+        if cache not in first.values():
+            cache.close()
+    for cache in first.values():
         cache.close()
     caches.clear()
-    for pool, driver in pools:
-        if driver is not None:
-            pool.trim()
-            driver.close()
-    pools.clear()
+    first.clear()
 
 
 def _host_mappings() -> int:
