@@ -339,6 +339,25 @@ def test_reset_makes_it_ready_for_another_batch():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("left", [10, 1, 0])
+def test_cropped_into_the_padding(left):
+    """What comes then is stored, though the first prompt was padded there."""
+    model, (ids, mask) = model_of("llama"), prompts()
+    kept = torch.cat([mask[:, :left], torch.ones_like(ids)], 1)
+    logits = []
+    with VirtualCache(model.config, attention_mask=mask, page_size=4096, guard=True) as cache:
+        for used in (DynamicCache(config=model.config), cache):
+            model(input_ids=ids, attention_mask=mask, past_key_values=used)
+            used.crop(left - ids.shape[1])
+            out = model(input_ids=ids, attention_mask=kept, past_key_values=used)
+            used.crop(-5)
+            logits.append((out.logits, model(input_ids=ids[:, :2], past_key_values=used).logits))
+    seen = kept[:, left:].bool()
+    assert torch.equal(logits[0][0][seen], logits[1][0][seen])
+    assert torch.allclose(logits[0][1][0], logits[1][1][0], atol=1e-4)  # the others have padding behind them
+
+
+@torch.no_grad()
 def test_memory_follows_a_crop():
     model, ids = model_of("llama"), prompts()[0].repeat(1, 30)
     with VirtualCache(model.config, page_size=4096) as cache:

@@ -85,9 +85,13 @@ class VirtualLayer(DynamicLayer):
         self._kind = kind
         cache = self._store.layer(self._index, kind, batch)
         self._take(cache, batch)
-        if any(starts):
-            cache.pad(dict(zip(self._rows, starts, strict=True)))
         self._padding = starts
+        if any(starts):
+            try:
+                cache.pad(dict(zip(self._rows, starts, strict=True)))
+            except BaseException:
+                self.release()
+                raise
 
     def _take(self, cache: KVCache, batch: int) -> None:
         rows = cache.alloc_range(batch)
@@ -178,8 +182,21 @@ class VirtualLayer(DynamicLayer):
             return
         before, self._length = self._length, max(0, self._length + tokens_to_remove)
         self._cache.step(dict.fromkeys(self._rows, self._length))
+        if self._length < max(self._padding):
+            self._crop_padding(self._cache)
         if (before - self._length) * 8 > before:
             self._cache.trim()
+
+    def _crop_padding(self, cache: KVCache) -> None:
+        """What comes next is no padding, wherever the first prompt had some: rows that have nothing else get less."""
+        rows = zip(self._rows, self._padding, strict=True)
+        shorter = {row: self._length for row, start in rows if start > self._length}
+        cache.step(dict.fromkeys(shorter, 0))
+        cache.pad(shorter)
+        cache.step(shorter)
+        self._padding = [min(start, self._length) for start in self._padding]
+        if not self._length:
+            self._starts = ()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` is."""
