@@ -103,16 +103,19 @@ class Reservation:
         old = {place: self._table[place] for place in range(index, index + len(pages)) if place in self._table}
         if old:
             self._driver.fence()
-        mapped = 0
+        mapped = touched = 0
         try:
             for run in runs:
+                places = range(index + mapped, index + mapped + run.pages)
+                if not old.keys().isdisjoint(places):
+                    touched = mapped + run.pages  # also when mapping fails, nobody knows what is there then
                 self.pool.meter.map(self._at(index + mapped), run.handle, run.pages * self._step)
-                mapped += run.pages
+                mapped = touched = mapped + run.pages
             self.pool.meter.set_access(self._at(index), mapped * self._step, Access.READ_WRITE)
         except BaseException:
             self._driver.mappings.charge(-change, force=True)
-            self._undo_place(index, pages[:mapped])
-            self.pool.drop(_as_runs(pages[mapped:], self._step))
+            self._undo_place(index, pages[:touched])
+            self.pool.drop(_as_runs(pages[touched:], self._step))
             raise
         self.mappings += change
         self._unstick(index, len(pages))
