@@ -20,7 +20,7 @@ from support import kernel
 from support.device import DeviceDriver
 from support.faults import Fault, FaultyDriver
 from support.mirror import Mirror, check_pool
-from vattention.cache import KVCache, KVLayout, kv_cache
+from vattention.cache import KVCache, KVLayout, opening
 from vattention.errors import OutOfPages, VAttentionError
 from vattention.memory import HostDriver, PagePool
 
@@ -47,7 +47,7 @@ class World:
         if shared:
             self.pool = PagePool(driver, PAGE, PAGES * PAGE)
         else:
-            monkeypatch.setattr(kv_cache, "HostDriver", self._new_driver)
+            monkeypatch.setattr(opening, "HostDriver", self._new_driver)
 
     def _new_driver(self, *, guard: bool) -> FaultyDriver:
         self.driver.driver = HostDriver(guard=guard)

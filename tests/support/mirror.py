@@ -38,8 +38,7 @@ class Mirror:
         random = np.random.default_rng(layout.num_layers)
         self._views: list[tuple[np.ndarray, np.ndarray]] = []
         for layer in range(layout.num_layers):
-            for which, wide in enumerate(cache.layer(layer)):
-                view = layout.narrow(layer, which, wide)
+            for view in cache.layer(layer):
                 codes = random.integers(0, 2**63, view.shape[2:], dtype=np.uint64)
                 self._views.append((view.view(as_integer).numpy().view(self._type), codes.astype(self._type)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,16 +13,13 @@ from typing import SupportsIndex
 
 import torch
 
-from vattention.cache.backing import Backing, Plan
+from vattention.cache.backing import Backing
 from vattention.cache.layout import KVLayout
-from vattention.cache.page_size import check_page_size, choose_page_size
+from vattention.cache.opening import integer, open_pool
+from vattention.cache.room import WATERMARK, Room
 from vattention.cache.stats import CacheStats
-from vattention.errors import ConfigError, DriverError, InvalidRequest, OutOfPages, VAttentionError
-from vattention.memory import Driver, HostDriver, PagePool
-from vattention.memory.sizes import parse_size
-
-_DEFAULT_MEMORY = "2GiB"
-_WATERMARK = 0.1  # share of the budget that one reclaim aims to leave available, so that the next steps find it
+from vattention.errors import DriverError, InvalidRequest, OutOfPages
+from vattention.memory import Driver, PagePool
 
 
 class KVCache:
@@ -66,21 +63,7 @@ class KVCache:
         guard: bool = False,
         poison: bool = False,
     ) -> None:
-        if not isinstance(layout, KVLayout):
-            raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
-        if _device_type(device) != "cpu":
-            raise ConfigError(f'device {str(device)!r} is not supported yet: use "cpu"')
-        if pool is not None and not isinstance(pool, PagePool):
-            raise TypeError(f"pool must be a PagePool, not {type(pool).__name__}")
-        if pool is None:
-            pool, own_driver = _new_pool(layout, memory, page_size, guard)
-        else:
-            own_driver = None
-            if memory is not None or page_size is not None:
-                raise ConfigError("memory and page_size belong to the pool: leave them out when giving one")
-            if guard and not pool.driver.guard:
-                raise ConfigError("guard belongs to the driver: give the pool a HostDriver(guard=True)")
-            check_page_size(layout, pool.page_size)
+        pool, own_driver = open_pool(layout, device=device, memory=memory, page_size=page_size, pool=pool, guard=guard)
         self.layout = layout
         self.pool = pool
         self._own_driver = own_driver
@@ -91,6 +74,7 @@ class KVCache:
             if own_driver is not None:
                 own_driver.close()
             raise
+        self._room = Room(self._backing, self)
         self._slots = self._backing.slots
         self._views = [tuple(self._view(layer, which) for which in (0, 1)) for layer in range(layout.num_layers)]
         self._mapper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vattention-mapper")
@@ -173,8 +157,8 @@ class KVCache:
                 self._backing.release(target)
             self._backing.reservation.settle()
             tokens = self._slots[source].length
-            plan = self._make_room(self._plan_fork(tokens), {})
-            self._insist(lambda: self._backing.fork(source, target), plan.pages, {})
+            plan = self._room.make(self._room.plan_fork(tokens), {})
+            self._room.insist(lambda: self._backing.fork(source, target), plan.pages, {})
             self._slots[target].live = True
             self._slots[target].length = tokens
             return target
@@ -203,10 +187,10 @@ class KVCache:
             wanted = self._checked(lengths)
             if not self._backing.reservation.settled:
                 self._backing.reservation.settle()
-            plan = self._plan(wanted)
+            plan = self._room.plan(wanted)
             if plan.pages:
-                plan = self._make_room(plan, wanted)
-                self._insist(lambda: self._backing.apply(self._plan(wanted)), plan.pages, wanted)
+                plan = self._room.make(plan, wanted)
+                self._room.insist(lambda: self._backing.apply(self._room.plan(wanted)), plan.pages, wanted)
             for number, length in wanted.items():
                 self._slots[number].length = length
             if self.poison:
@@ -219,39 +203,17 @@ class KVCache:
         """
         with self._owned():
             wanted = self._checked({} if lengths is None else lengths)
-            plan = self._plan(wanted)
+            plan = self._room.plan(wanted)
             idle = sum(not slot.live for slot in self._slots)
             for tokens in new:
                 idle -= 1
                 plan += self._backing.plan_new(self._checked_length(tokens, "new length"))
-            return idle >= 0 and self._shortage(plan, wanted) is None
+            return idle >= 0 and self._room.shortage(plan, wanted) is None
 
     def capacity(self) -> int:
         """Tokens that fit at once when nothing else is held, filling one slot after another to max_model_len."""
         with self._owned():
-            pages = self.pool.budget
-            mappings = self.pool.driver.mappings.limit
-            longest = self.layout.max_model_len
-            full = self._backing.plan_new(longest)
-            slots = min(self.layout.max_num_seqs, pages // full.pages)
-            if mappings is not None:
-                slots = min(slots, mappings // full.mappings)
-                mappings -= slots * full.mappings
-            if slots == self.layout.max_num_seqs:
-                return slots * longest
-            return slots * longest + self._longest(pages - slots * full.pages, mappings)
-
-    def _longest(self, pages: int, mappings: int | None) -> int:
-        """The largest number of tokens one slot can have with that many pages and mappings."""
-        low, high = 0, self.layout.max_model_len
-        while low < high:
-            middle = (low + high + 1) // 2
-            plan = self._backing.plan_new(middle)
-            if plan.pages <= pages and (mappings is None or plan.mappings <= mappings):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+            return self._room.capacity()
 
     def prefetch(self, lengths: Mapping[int, int]) -> None:
         """Start mapping, in the background, what `step(lengths)` will need (the paper's background allocation).
@@ -302,7 +264,7 @@ class KVCache:
     def _map_idle_slot(self) -> None:
         """Have one idle slot with pages, where that leaves the pool above its watermark."""
         idle = [number for number, slot in enumerate(self._slots) if not slot.live]
-        spare = self.pool.available - _WATERMARK * self.pool.budget
+        spare = self.pool.available - WATERMARK * self.pool.budget
         if idle and not any(self._slots[number].covered for number in idle) and spare > len(self.layout.streams):
             self._grow_slot(idle[0], 1)
         self._wants_idle_slot = False
@@ -312,7 +274,7 @@ class KVCache:
     def layer(self, index: SupportsIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, [max_num_seqs, padded_len, num_kv_heads, head_dim] each: the same tensors every time.
 
-        Strided views at addresses that never change. Touch only what `step` has backed.
+        Strided views at addresses that never change, in the shape of that layer. Touch only what `step` has backed.
 
         Raises:
             InvalidRequest: there is no such layer.
@@ -408,74 +370,10 @@ class KVCache:
 
     def _view(self, layer: int, which: int) -> torch.Tensor:
         layout = self.layout
-        shape = (layout.max_num_seqs, layout.padded_len, layout.num_kv_heads, layout.head_dim)
+        own = layout.shape(layer)
+        shape = (layout.max_num_seqs, layout.padded_len, own.num_kv_heads, own[1 + which])
         view = layout.view(layer, which)
         return self._backing.reservation.tensor(view.offset, shape, view.strides, layout.dtype)
-
-    def _plan(self, wanted: Mapping[int, int]) -> Plan:
-        plan = Plan()
-        for number, length in wanted.items():
-            slot = self._slots[number]
-            if length > slot.covered or slot.length < min(slot.shared, length):
-                plan += self._backing.plan(number, length)
-        return plan
-
-    def _plan_fork(self, tokens: int) -> Plan:
-        """What a fork of `tokens` tokens takes: a page for each stream whose last page is not full."""
-        tails = sum(tokens * stream.token_bytes % self.pool.page_size > 0 for stream in self.layout.streams)
-        new = self._backing.plan_new(tokens)
-        return Plan(pages=tails, mappings=new.mappings + tails)
-
-    def _shortage(self, plan: Plan, wanted: Mapping[int, int]) -> OutOfPages | None:
-        """The error that applying `plan` would meet, everything reclaimable counted; None when it fits."""
-        mappings = self.pool.driver.mappings.free
-        if mappings is not None and plan.mappings > mappings:
-            mappings += self._backing.unused_mappings()
-            needed = plan.mappings
-            for number, length in wanted.items():
-                if not self._slots[number].length:  # counted as emptied
-                    needed += self._backing.plan_new(length).mappings - self._backing.plan(number, length).mappings
-            if needed > mappings:
-                hint = (
-                    "the mapping limit is reached: use larger pages or fewer streams a slot, or raise vm.max_map_count"
-                )
-                return OutOfPages(needed, mappings, "mappings", hint)
-        available = self.pool.available
-        if plan.pages > available:
-            others = sum(holder.reclaimable() for holder in self.pool.holders if holder is not self)
-            available += self._backing.reclaimable(wanted, plan.copies) + others
-            if plan.pages > available:
-                return OutOfPages(plan.pages, available)
-        return None
-
-    def _make_room(self, plan: Plan, wanted: Mapping[int, int]) -> Plan:
-        """Reclaim until `plan`, or the one this returns instead, can be applied, and then some.
-
-        Raises OutOfPages, having reclaimed nothing.
-        """
-        shortage = self._shortage(plan, wanted)
-        if shortage is not None:
-            raise shortage
-        self._backing.empty_unused(plan.mappings, wanted)
-        if wanted:
-            plan = self._plan(wanted)  # what was emptied may have been inherited by one of them
-        if plan.pages > self.pool.available:
-            self._backing.reclaim(plan.pages + int(_WATERMARK * self.pool.budget), wanted)
-            self.pool.reclaim(plan.pages - self.pool.available, asker=self)
-        return plan
-
-    def _insist(self, work: Callable[[], None], pages: int, keep: Mapping[int, int]) -> None:
-        """Do `work`, which takes `pages` pages. Where the machine has less than the budget, reclaim that much first."""
-        try:
-            work()
-        except OutOfPages:
-            free = self.pool.stats().free
-            goal = self.pool.available + pages
-            self._backing.reclaim(goal, keep)
-            self.pool.reclaim(goal - self.pool.available, asker=self)
-            if self.pool.stats().free == free:
-                raise
-            work()
 
     def _checked(self, lengths: Mapping[int, int]) -> dict[int, int]:
         if not isinstance(lengths, Mapping):
@@ -483,13 +381,13 @@ class KVCache:
         return {self._checked_slot(slot): self._checked_length(length, "length") for slot, length in lengths.items()}
 
     def _checked_slot(self, slot: SupportsIndex) -> int:
-        number = _integer(slot, "a slot")
+        number = integer(slot, "a slot")
         if not 0 <= number < len(self._slots) or not self._slots[number].live:
             raise InvalidRequest(f"slot {number} is not live: use one that alloc or fork gave and free has not taken")
         return number
 
     def _checked_length(self, length: SupportsIndex, what: str) -> int:
-        number = _integer(length, what)
+        number = integer(length, what)
         if not 0 <= number <= self.layout.max_model_len:
             raise InvalidRequest(f"{what} {number} is outside 0..{self.layout.max_model_len} (max_model_len)")
         return number
@@ -515,38 +413,6 @@ class KVCache:
         with self.pool.lock:
             self._check_open()
             yield
-
-
-def _integer(value: SupportsIndex, what: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{what} must be an integer, not a bool")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} must be an integer, not {type(value).__name__}") from None
-
-
-def _device_type(device: str | torch.device) -> str:
-    try:
-        return torch.device(device).type
-    except RuntimeError as error:  # a string that names no device
-        raise ConfigError(f"device {device!r}: {error}") from None
-
-
-def _new_pool(
-    layout: KVLayout, memory: str | SupportsIndex | None, page_size: SupportsIndex | str | None, guard: bool
-) -> tuple[PagePool, Driver]:
-    budget = parse_size(_DEFAULT_MEMORY if memory is None else memory, "memory")
-    wanted = None if page_size is None else parse_size(page_size, "page_size")
-    driver = HostDriver(guard=guard)
-    try:
-        size = wanted or choose_page_size(layout, budget, driver.granularity, driver.mappings.free)
-        pool = PagePool(driver, size, budget)
-        check_page_size(layout, size)
-        return pool, driver
-    except VAttentionError:
-        driver.close()
-        raise
 
 
 def _close(backing: Backing, pool: PagePool, own_driver: Driver | None) -> None:

@@ -58,7 +58,7 @@ class KVLayout:
             them. The last stream takes what is left where it does not divide num_layers.
         kv_together: K and V of a layer share a stream.
         shapes: of each layer, for models whose layers differ or whose K and V have different widths; num_kv_heads and
-            head_dim are then the largest of them, and `narrow` cuts the views of the cache down to each layer's own.
+            head_dim are then the largest of them.
 
     Raises:
         ConfigError: a number that is not positive, an address range beyond what a process can have, or shapes that do
@@ -150,9 +150,7 @@ class KVLayout:
     @property
     def size(self) -> int:
         """Bytes of addresses the whole cache reserves."""
-        # Before `narrow`, a view has the largest shape: the last one's last row ends in addresses that nobody uses.
-        beyond = 0 if self.shapes is None else _ALIGNMENT
-        return sum(self._token_bytes) * self.padded_len * self.max_num_seqs + beyond
+        return sum(self._token_bytes) * self.padded_len * self.max_num_seqs
 
     def view(self, layer: int, which: int) -> View:
         """K (`which` 0) or V (1) of `layer`, of shape [max_num_seqs, padded_len, heads, width] of that layer."""
@@ -171,27 +169,23 @@ class KVLayout:
         stream = self.streams[first]
         itemsize = self.dtype.itemsize
         slot = stream.size // itemsize
-        head = slot * self.max_num_seqs if self.head_major else self._shape(layer)[1 + which]
+        head = slot * self.max_num_seqs if self.head_major else self.shape(layer)[1 + which]
         return View(stream.offset + place * itemsize, (slot, stream.token_bytes // itemsize, head, 1))
-
-    def narrow(self, layer: int, which: int, view: torch.Tensor) -> torch.Tensor:
-        """K or V of `layer` as the cache gives it, without what other layers have more: heads and width of its own."""
-        self._check_layer(layer, which)
-        shape = self._shape(layer)
-        return view[:, :, : shape.num_kv_heads, : shape[1 + which]]
 
     def _check_layer(self, layer: int, which: int) -> None:
         if not 0 <= layer < self.num_layers or which not in (0, 1):
             raise InvalidRequest(f"layer {layer}, {which} is not K (0) or V (1) of one of {self.num_layers} layers")
 
-    def _shape(self, layer: int) -> LayerShape:
+    def shape(self, layer: int) -> LayerShape:
+        """Heads, and the widths of K and V, of one layer."""
+        self._check_layer(layer, 0)
         if self.shapes is None:
             return LayerShape(self.num_kv_heads, self.head_dim, self.head_dim)
         return self.shapes[layer]
 
     def _row(self, layer: int, which: int) -> int:
         """Elements that K or V of a layer have in one token of one stream."""
-        shape = self._shape(layer)
+        shape = self.shape(layer)
         return shape[1 + which] * (1 if self.head_major else shape.num_kv_heads)
 
     @functools.cached_property
@@ -206,7 +200,7 @@ class KVLayout:
         sides = [sum(self._row(layer, which) for layer in group) * self.dtype.itemsize for which in (0, 1)]
         if self.kv_together:
             sides = [sum(sides)]
-        heads = self._shape(group.start).num_kv_heads if self.head_major else 1
+        heads = self.shape(group.start).num_kv_heads if self.head_major else 1
         return tuple(side for side in sides for _ in range(heads))
 
     @functools.cached_property

@@ -59,6 +59,4 @@ class Runner:
 
 def layer_views(cache: KVCache) -> Layers:
     """K and V of every layer, in the shape of that layer."""
-    layout = cache.layout
-    views = ((layer, *cache.layer(layer)) for layer in range(layout.num_layers))
-    return tuple((layout.narrow(layer, 0, keys), layout.narrow(layer, 1, values)) for layer, keys, values in views)
+    return tuple(cache.layer(layer) for layer in range(cache.layout.num_layers))
