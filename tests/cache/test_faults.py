@@ -18,11 +18,12 @@ import torch
 
 from support import kernel
 from support.device import DeviceDriver
+from support.drivers import new_driver
 from support.faults import Fault, FaultyDriver
 from support.mirror import Mirror, check_pool
 from vattention.cache import KVCache, KVLayout, opening
 from vattention.errors import OutOfPages, VAttentionError
-from vattention.memory import HostDriver, PagePool
+from vattention.memory import PagePool
 
 TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
 PAGE = 4096
@@ -50,7 +51,7 @@ class World:
             monkeypatch.setattr(opening, "HostDriver", self._new_driver)
 
     def _new_driver(self, *, guard: bool) -> FaultyDriver:
-        self.driver.driver = HostDriver(guard=guard)
+        self.driver.driver = new_driver(guard=guard)
         return self.driver
 
     # -- what the script is made of
@@ -306,7 +307,7 @@ KINDS = {"a pool of its own": (False, False), "a shared pool": (True, False), "a
 
 def start(kind: str, monkeypatch: pytest.MonkeyPatch, fault: Fault | None = None) -> tuple[World, list[Action]]:
     shared, device = KINDS[kind]
-    driver = (DeviceDriver(PAGE) if device else HostDriver()) if shared else None
+    driver = (DeviceDriver(PAGE) if device else new_driver()) if shared else None
     script = TOGETHER if shared and not device else ALONE
     return World(FaultyDriver(driver, fault), monkeypatch, shared=shared), script
 
@@ -346,7 +347,7 @@ def faults(kind: str, *, onwards: bool) -> Iterator[Fault]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after_failure", [once_more, stubborn, give_up], ids=lambda function: function.__name__)
 def test_any_driver_call_may_fail(kind, after_failure, monkeypatch):
-    in_use = HostDriver().mappings.used
+    in_use = new_driver().mappings.used
     for fault in faults(kind, onwards=after_failure is not once_more):
         world, script = start(kind, monkeypatch, fault)
         try:
@@ -356,13 +357,13 @@ def test_any_driver_call_may_fail(kind, after_failure, monkeypatch):
         except BaseException as error:
             error.add_note(f"{fault}: {verbs(kind)[fault.at - 1]}")
             raise
-        assert HostDriver().mappings.used == in_use
+        assert new_driver().mappings.used == in_use
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own slots", "another cache's slots"])
 @pytest.mark.parametrize("forking", [False, True], ids=["step", "fork"])
 def test_where_the_machine_has_less_than_the_budget_idle_slots_give_what_they_have(shared, forking):
-    host = HostDriver()
+    host = new_driver()
     driver = FaultyDriver(host, memory=24 * PAGE)
     pool = PagePool(driver, PAGE, PAGES * PAGE)
     with KVCache(LAYOUT, pool=pool) as cache, KVCache(LAYOUT, pool=pool) as other:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from vattention.errors import VAttentionError
 
 if TYPE_CHECKING:
     from vattention.memory.pool import PagePool
+
+_PAUSE = 0.0002  # seconds between two creations, in which others get the pool's lock
 
 
 class CreateAhead:
@@ -41,7 +44,7 @@ class CreateAhead:
         while (pool := self._pool()) is not None:
             try:
                 while pool.create_ahead(self._pages):
-                    pass
+                    time.sleep(_PAUSE)
             except VAttentionError as error:
                 self.failure = error
             del pool

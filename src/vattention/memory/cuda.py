@@ -47,6 +47,19 @@ class _Range:
         return bool(torch._C._storage_Use_Count(self.storage._cdata) > 1)  # type: ignore[attr-defined]
 
 
+_lingering: list[tuple[CudaDriver, _Range]] = []
+"""Ranges that were freed while tensors still lay over them, by driver, which may be closed since."""
+
+
+def _let_go() -> None:
+    """Free the addresses of ranges whose last tensor is gone."""
+    for driver, range_ in list(_lingering):
+        if not range_.in_use and driver.usable:
+            with driver.on_device():
+                driver.calls("cuMemAddressFree", range_.address, range_.size)
+            _lingering.remove((driver, range_))
+
+
 class CudaDriver:
     """Implements `Driver` on one CUDA device.
 
@@ -72,23 +85,24 @@ class CudaDriver:
         tensor_device: torch.device | str | None = None,
         mappings: int | None = None,
     ) -> None:
-        self._calls = CudaCalls()
+        self.calls = CudaCalls()
         self._owner = os.getpid()
         self._device = self._checked_device(device)
         self._tensor_device = torch.device("cuda", self._device) if tensor_device is None else torch.device(tensor_device)
+        if self._tensor_device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("this torch finds no CUDA device: install a build for CUDA, or use device='cpu'")
         self.mappings = MappingBudget(mappings)
         # Shared with torch and never released: what is unmapped after `close` still needs it.
-        self._context = self._calls("cuDevicePrimaryCtxRetain", self._device)
+        self._context = self.calls("cuDevicePrimaryCtxRetain", self._device)
         self._properties = self._describe()
         self._access = {
             access: [self._descriptor(number, access) for number in (self._device, *map(self._checked_device, peers))]
             for access in Access
         }
-        minimum = self._calls.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self.granularity = int(self._calls("cuMemGetAllocationGranularity", self._properties, minimum))
+        minimum = self.calls.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self.granularity = int(self.calls("cuMemGetAllocationGranularity", self._properties, minimum))
         self._lock = threading.RLock()  # of the books below, not of calls that may take long
         self._ranges: dict[int, _Range] = {}
-        self._lingering: list[_Range] = []  # freed, but tensors still lie over them
         self._handles: dict[int, _Handle] = {}
         self._next = 0  # the number of the next handle
         self._mapped = MappedPieces()
@@ -99,30 +113,30 @@ class CudaDriver:
     # -- the device -----------------------------------------------------------------------------------------------
 
     def _checked_device(self, device: SupportsIndex) -> int:
-        number, count = int(device), int(self._calls("cuDeviceGetCount"))
+        number, count = int(device), int(self.calls("cuDeviceGetCount"))
         if not 0 <= number < count:
             raise ConfigError(f"there is no CUDA device {number}: this process sees {count} (CUDA_VISIBLE_DEVICES)")
-        attribute = self._calls.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        if not self._calls("cuDeviceGetAttribute", attribute, self._calls("cuDeviceGet", number)):
+        attribute = self.calls.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        if not self.calls("cuDeviceGetAttribute", attribute, self.calls("cuDeviceGet", number)):
             raise ConfigError(f"CUDA device {number} has no virtual memory management: use another, or device='cpu'")
         return number
 
     def _location(self, device: int) -> Any:
-        location = self._calls.api.CUmemLocation()
-        location.type = self._calls.api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location = self.calls.api.CUmemLocation()
+        location.type = self.calls.api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         location.id = device
         return location
 
     def _describe(self) -> Any:
         """Pinned memory on the device, not shared with other processes."""
-        properties = self._calls.api.CUmemAllocationProp()
-        properties.type = self._calls.api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties = self.calls.api.CUmemAllocationProp()
+        properties.type = self.calls.api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location = self._location(self._device)
         return properties
 
     def _descriptor(self, device: int, access: Access) -> Any:
-        flags = self._calls.api.CUmemAccess_flags
-        descriptor = self._calls.api.CUmemAccessDesc()
+        flags = self.calls.api.CUmemAccess_flags
+        descriptor = self.calls.api.CUmemAccessDesc()
         descriptor.location = self._location(device)
         descriptor.flags = {
             Access.NONE: flags.CU_MEM_ACCESS_FLAGS_PROT_NONE,
@@ -132,15 +146,20 @@ class CudaDriver:
         return descriptor
 
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """Our context is the calling thread's meanwhile, whichever it works with."""
         if os.getpid() != self._owner:
             raise InvalidRequest("this memory belongs to the parent process: CUDA does not survive fork, use spawn")
-        self._calls("cuCtxPushCurrent", self._context)
+        self.calls("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
-            self._calls.api.cuCtxPopCurrent()  # fails only with a lost context, of which the call above has told
+            self.calls.api.cuCtxPopCurrent()  # fails only with a lost context, of which the call above has told
+
+    @property
+    def usable(self) -> bool:
+        """Whether the device can be called from this process."""
+        return self.calls.lost is None and os.getpid() == self._owner
 
     def _check_open(self, call: str) -> None:
         if self.closed:
@@ -148,8 +167,8 @@ class CudaDriver:
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device (cuMemGetInfo)."""
-        with self._on_device():
-            free, total = self._calls("cuMemGetInfo")
+        with self.on_device():
+            free, total = self.calls("cuMemGetInfo")
         return int(free), int(total)
 
     def headroom(self) -> int | None:
@@ -167,32 +186,26 @@ class CudaDriver:
     def reserve(self, size: int) -> int:
         """cuMemAddressReserve."""
         self._check_open("reserve")
-        with self._on_device(), self._lock:
-            self._let_go()
-            address = int(self._calls("cuMemAddressReserve", size, 0, 0, 0))
+        with self.on_device(), self._lock:
+            _let_go()
+            address = int(self.calls("cuMemAddressReserve", size, 0, 0, 0))
             self._ranges[address] = _Range(address, size, self._tensor_device)
         return address
 
     def free(self, address: int, size: int) -> None:
         """cuMemAddressFree; where a tensor still lies over the range, as soon as a later call finds it gone."""
-        with self._on_device(), self._lock:
-            self._let_go()
+        with self.on_device(), self._lock:
+            _let_go()
             range_ = self._ranges.get(address)
             if range_ is None or range_.size != size:
                 raise DriverError("free", errno.EINVAL, "free exactly what reserve gave")
             if self._mapped_in(address, size):
                 raise DriverError("free", errno.EBUSY, "unmap everything in the range first")
             if range_.in_use:
-                self._lingering.append(range_)
+                _lingering.append((self, range_))
             else:
-                self._calls("cuMemAddressFree", address, size)
+                self.calls("cuMemAddressFree", address, size)
             del self._ranges[address]
-
-    def _let_go(self) -> None:
-        """Free the ranges whose last tensor is gone."""
-        for range_ in [range_ for range_ in self._lingering if not range_.in_use]:
-            self._calls("cuMemAddressFree", range_.address, range_.size)
-            self._lingering.remove(range_)
 
     def tensor(self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over the addresses. A captured graph does not count as one: keep the tensor as long as the graph."""
@@ -217,14 +230,14 @@ class CudaDriver:
         self._check_open("create")
         if at is not None:
             raise DriverError("create", errno.EINVAL, "nobody chooses where a device puts memory")
-        with self._on_device():
+        with self.on_device():
             try:
-                value = self._calls("cuMemCreate", size, self._properties, 0)
+                value = self.calls("cuMemCreate", size, self._properties, 0)
             except DriverError as error:
                 if not error.out_of_memory:
                     raise
                 _empty_torchs_cache()
-                value = self._calls("cuMemCreate", size, self._properties, 0)
+                value = self.calls("cuMemCreate", size, self._properties, 0)
         with self._lock:
             number = self._next
             self._next += size
@@ -233,9 +246,9 @@ class CudaDriver:
 
     def release(self, handle: int, size: int) -> None:
         """cuMemRelease of the handles in [handle, handle + size)."""
-        with self._on_device(), self._lock:
+        with self.on_device(), self._lock:
             for number, created in self._created("release", handle, size):
-                self._calls("cuMemRelease", created.value)
+                self.calls("cuMemRelease", created.value)
                 del self._handles[number]
 
     def _created(self, call: str, handle: int, size: int) -> list[tuple[int, _Handle]]:
@@ -257,14 +270,14 @@ class CudaDriver:
         either state.
         """
         self._check_open("map")
-        with self._on_device(), self._lock:
+        with self.on_device(), self._lock:
             created = self._created("map", handle, size)
             old = self._mapped_in(address, size)
             try:
                 self._unmap_whole("map", address, size, old)
                 place = address
                 for number, (value, length) in created:
-                    self._calls("cuMemMap", place, length, 0, value, 0)
+                    self.calls("cuMemMap", place, length, 0, value, 0)
                     self._mapped.add([Piece(place, length, number)])
                     place += length
             except BaseException:
@@ -278,14 +291,14 @@ class CudaDriver:
             self._unmap_stretch(stretch)
         missing = [piece for piece in old if piece not in there]
         for piece in missing:
-            self._calls("cuMemMap", piece.address, piece.size, 0, self._handles[piece.handle].value, 0)
+            self.calls("cuMemMap", piece.address, piece.size, 0, self._handles[piece.handle].value, 0)
             self._mapped.add([piece])
         for stretch in stretches(missing):
             self.set_access(stretch[0].address, sum(piece.size for piece in stretch), Access.READ_WRITE)
 
     def unmap(self, address: int, size: int) -> None:
         """One cuMemUnmap for each stretch of mapped addresses, since none may reach over a hole."""
-        with self._on_device(), self._lock:
+        with self.on_device(), self._lock:
             self._unmap_whole("unmap", address, size, self._mapped_in(address, size))
 
     def _mapped_in(self, address: int, size: int) -> list[Piece]:
@@ -301,12 +314,12 @@ class CudaDriver:
 
     def _is_mapped(self, address: int) -> bool:
         try:
-            value = self._calls("cuMemRetainAllocationHandle", address)
+            value = self.calls("cuMemRetainAllocationHandle", address)
         except DriverError as error:
             if error.code == INVALID_VALUE:
                 return False
             raise
-        self._calls("cuMemRelease", value)
+        self.calls("cuMemRelease", value)
         return True
 
     def _unmap_whole(self, call: str, address: int, size: int, pieces: list[Piece]) -> None:
@@ -318,7 +331,7 @@ class CudaDriver:
     def _unmap_stretch(self, stretch: list[Piece]) -> None:
         start, end = stretch[0].address, stretch[-1].address + stretch[-1].size
         try:
-            self._calls("cuMemUnmap", start, end - start)
+            self.calls("cuMemUnmap", start, end - start)
         except DriverError:
             self._doubtful.update(piece.address for piece in stretch)
             raise
@@ -326,9 +339,9 @@ class CudaDriver:
 
     def set_access(self, address: int, size: int, access: Access) -> None:
         """One cuMemSetAccess for the range, for this device and its peers."""
-        with self._on_device():
+        with self.on_device():
             descriptors = self._access[access]
-            self._calls("cuMemSetAccess", address, size, descriptors, len(descriptors))
+            self.calls("cuMemSetAccess", address, size, descriptors, len(descriptors))
 
     # -- work in flight -------------------------------------------------------------------------------------------
 
@@ -339,16 +352,16 @@ class CudaDriver:
             stream: the handle, `torch.cuda.Stream.cuda_stream` for instance. Every stream whose work touches mapped
                 memory has to be named; the caller's current torch stream is waited for in any case.
         """
-        with self._on_device(), self._lock:
+        with self.on_device(), self._lock:
             if stream not in self._events:
-                self._events[stream] = self._calls("cuEventCreate", _DISABLE_TIMING)
+                self._events[stream] = self.calls("cuEventCreate", _DISABLE_TIMING)
 
     def unwatch(self, stream: int) -> None:
         """Wait for what was submitted to `stream`, and no more for the stream. A stream not watched is fine."""
-        with self._on_device(), self._lock:
+        with self.on_device(), self._lock:
             if stream in self._events:
                 self._wait([stream])
-                self._calls("cuEventDestroy", self._events.pop(stream))
+                self.calls("cuEventDestroy", self._events.pop(stream))
 
     def fence(self) -> None:
         """Wait for everything submitted so far to the watched streams, or, where none is watched, to the device.
@@ -356,7 +369,7 @@ class CudaDriver:
         Raises:
             DriverError: a watched stream is being captured, so that nobody can wait for it; or earlier work failed.
         """
-        with self._on_device():
+        with self.on_device():
             with self._lock:
                 if self._events and self._tensor_device.type == "cuda":
                     self.watch(torch.cuda.current_stream(self._tensor_device).cuda_stream)
@@ -364,16 +377,16 @@ class CudaDriver:
             if streams:
                 self._wait(streams)
             else:
-                self._calls("cuCtxSynchronize")
+                self.calls("cuCtxSynchronize")
 
     def _wait(self, streams: list[int]) -> None:
-        idle = self._calls.api.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        idle = self.calls.api.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
         for stream in streams:
-            if self._calls("cuStreamIsCapturing", stream) != idle:  # recording an event would make it part of the graph
-                raise self._calls.failure("fence", _STREAM_CAPTURE, "a stream that is being captured")
-            self._calls("cuEventRecord", self._events[stream], stream)
+            if self.calls("cuStreamIsCapturing", stream) != idle:  # recording an event would make it part of the graph
+                raise self.calls.failure("fence", _STREAM_CAPTURE, "a stream that is being captured")
+            self.calls("cuEventRecord", self._events[stream], stream)
         for stream in streams:
-            self._calls("cuEventSynchronize", self._events[stream])
+            self.calls("cuEventSynchronize", self._events[stream])
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -385,16 +398,16 @@ class CudaDriver:
                 is nothing left to release, and no error.
         """
         self.closed = True
-        if self._calls.lost is not None or os.getpid() != self._owner:
+        if not self.usable:
             return
-        with self._on_device(), self._lock:
+        with self.on_device(), self._lock:
             for number, handle in list(self._handles.items()):
-                self._calls("cuMemRelease", handle.value)
+                self.calls("cuMemRelease", handle.value)
                 del self._handles[number]
             for stream, event in list(self._events.items()):
-                self._calls("cuEventDestroy", event)
+                self.calls("cuEventDestroy", event)
                 del self._events[stream]
-            self._let_go()
+            _let_go()
 
 
 def _empty_torchs_cache() -> None:

@@ -146,9 +146,12 @@ class PagePool:
             runs: list[Run] = []
             try:
                 while pages > 0:
-                    runs.append(self._take_run(pages, after, room))
-                    pages -= runs[-1].pages
-                    after = self._last(runs[-1])
+                    run = self._take_run(pages, after, room)
+                    pages -= run.pages
+                    if runs and run.handle == self._last(runs[-1]) + self.page_size:
+                        run = Run(runs[-1].handle, runs.pop().pages + run.pages)
+                    runs.append(run)
+                    after = self._last(run)
             except BaseException:
                 self.drop(runs)
                 raise
