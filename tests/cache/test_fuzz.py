@@ -350,7 +350,8 @@ def test_use_after_close(shared):
     for call in everything(cache, slot).values():
         with pytest.raises(InvalidRequest, match="closed"):
             call()
-    assert k[slot, :60].sum() == 0  # the addresses are still there, with nothing behind them
+    if not driver.guard:  # where reading them does not fault
+        assert k[slot, :60].sum() == 0  # the addresses are still there, with nothing behind them
     if shared:  # the pool does not count on what a closed cache had
         assert (cache.reclaimable(), cache.reclaim(5)) == (0, None)
         with KVCache(LAYOUT, pool=pool) as other:
@@ -399,11 +400,11 @@ def run_python(script: str, **variables: Any) -> str:
 FORK = """
     import gc, os, signal
     import torch
-    from support.drivers import new_driver
+    from support.drivers import EMULATED, new_driver
     from support.mirror import Mirror, check_all
     from support.calls import LAYOUT, PAGE, PAGES, everything
     from vattention.cache import KVCache
-    from vattention.errors import VAttentionError
+    from vattention.errors import ConfigError, VAttentionError
     from vattention.memory import PagePool, Reservation
 
     pool = PagePool(new_driver(), PAGE, PAGES * PAGE)
@@ -469,6 +470,11 @@ def test_a_forked_child_can_do_nothing_with_its_parents_cache(shared, leave):
             except VAttentionError:
                 continue
             raise RuntimeError("the parent's pool works in the child")
+        if EMULATED:  # CUDA itself is not for children
+            try:
+                KVCache(LAYOUT, memory=PAGES * PAGE, page_size=PAGE)
+            except ConfigError:
+                return
         own = KVCache(LAYOUT, memory=PAGES * PAGE, page_size=PAGE)  # but it can have a cache of its own
         owned = Mirror(own)
         number = owned.alloc()

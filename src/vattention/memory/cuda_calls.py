@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
@@ -47,13 +48,21 @@ _ADVICE = {
 }
 
 
-@functools.cache
 def bindings() -> ModuleType:
     """The module `cuda.bindings.driver`, with CUDA initialised.
 
     Raises:
-        ConfigError: cuda-bindings, the driver library or a device is missing.
+        ConfigError: cuda-bindings, the driver library or a device is missing, or a parent process uses CUDA.
     """
+    driver, owner = _initialised()
+    if os.getpid() != owner:
+        raise ConfigError("the parent process uses CUDA, which does not survive fork: start processes with 'spawn'")
+    return driver
+
+
+@functools.cache
+def _initialised() -> tuple[ModuleType, int]:
+    """The module, and the process that initialised CUDA."""
     try:
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
@@ -69,7 +78,7 @@ def bindings() -> ModuleType:
     if code != SUCCESS:
         what = "there is no CUDA device" if code == _NO_DEVICE else f"CUDA does not start ({_meaning(driver, code)})"
         raise ConfigError(f"{what}: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use device='cpu'")
-    return driver
+    return driver, os.getpid()
 
 
 def _meaning(driver: ModuleType, code: Any) -> str:
@@ -100,7 +109,10 @@ class CudaCalls:
         """
         if self.lost is not None:
             raise DriverError(name, self.lost.code, f"not called. {self.lost}", meaning="a lost device context")
-        code, *results = getattr(self.api, name)(*args)
+        try:
+            code, *results = getattr(self.api, name)(*args)
+        except OverflowError as error:  # a size that no device has
+            raise DriverError(name, INVALID_VALUE, "ask for less", meaning=str(error)) from error
         if code != SUCCESS:
             raise self.failure(name, int(code), _meaning(self.api, code))
         if not results:

@@ -84,9 +84,9 @@ class Reservation:
             ValueError: the pages would not lie in the range, or are not in use. The caller keeps what it has.
         """
         self._check_open()
-        runs = [Run(*run) for run in runs]
+        runs = [Run(*map(operator.index, run)) for run in runs]
+        index, _ = self._range(index, sum(max(0, run.pages) for run in runs))  # before they are written out
         pages = [page for run in runs for page in range(run.handle, run.handle + run.pages * self._step, self._step)]
-        index, _ = self._range(index, len(pages))
         if not all(map(self.pool.references, pages)):
             raise ValueError("pages that are not in use cannot be mapped: take them from this pool first")
         if pages:
