@@ -18,7 +18,8 @@ import torch
 
 from support import kernel
 from support.device import DeviceDriver
-from support.drivers import new_driver
+from support.drivers import EMULATED, new_driver
+from support.faulty_cuda import FaultyCuda
 from support.faults import Fault, FaultyDriver
 from support.mirror import Mirror, check_pool
 from vattention.cache import KVCache, KVLayout, opening
@@ -303,10 +304,16 @@ def play(world: World, script: list[Action], after_failure: AfterFailure = once_
 
 
 KINDS = {"a pool of its own": (False, False), "a shared pool": (True, False), "a device": (True, True)}
+if EMULATED:
+    KINDS["CUDA's own calls"] = (True, True)
+STRIDES = {"a device": 3, "CUDA's own calls": 11}
+"""Where there are many calls, every so many-th is made to fail, except at full size."""
 
 
 def start(kind: str, monkeypatch: pytest.MonkeyPatch, fault: Fault | None = None) -> tuple[World, list[Action]]:
     shared, device = KINDS[kind]
+    if kind == "CUDA's own calls":
+        return World(FaultyCuda(fault), monkeypatch, shared=True), ALONE
     driver = (DeviceDriver(PAGE) if device else new_driver()) if shared else None
     script = TOGETHER if shared and not device else ALONE
     return World(FaultyDriver(driver, fault), monkeypatch, shared=shared), script
@@ -334,13 +341,13 @@ def verbs(kind: str) -> tuple[str, ...]:
 
 
 def faults(kind: str, *, onwards: bool) -> Iterator[Fault]:
-    """Every call of the script, in every way it may fail. Of a device's many calls every third, except at full size."""
-    stride = 3 if kind == "a device" and not TEST_ALL else 1
+    """Every call of the script, in every way it may fail."""
+    stride = 1 if TEST_ALL else STRIDES.get(kind, 1)
     for number, verb in list(enumerate(verbs(kind), start=1))[::stride]:
         yield Fault(number, onwards)
-        if verb == "unmap":
+        if verb in ("unmap", "cuMemUnmap"):
             yield Fault(number, onwards, after=True)
-        if verb == "create":
+        if verb in ("create", "cuMemCreate"):
             yield Fault(number, onwards, no_memory=True)
 
 

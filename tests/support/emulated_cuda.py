@@ -105,11 +105,12 @@ class Emulation:
         """Forget the calls so far."""
         self._library.emulation_log_clear()
 
-    def log(self) -> list[str]:
-        """The functions called since the log was cleared, less those that only make a context current."""
+    def log(self, *, everything: bool = False) -> list[str]:
+        """The functions called since the log was cleared: those that have an effect, or all that `fail("*")` counts."""
         length = self._library.emulation_log_length()
         names = [self._library.emulation_log_name(index).decode() for index in range(length)]
-        return [name for name in names if name not in ("cuCtxPushCurrent", "cuCtxPopCurrent")]
+        left_out = {"cuCtxPopCurrent"} if everything else {"cuCtxPushCurrent", "cuCtxPopCurrent"}
+        return [name for name in names if name not in left_out]
 
     def counts(self) -> Counter[str]:
         """How often each function was called since the log was cleared."""

@@ -52,12 +52,12 @@ _lingering: list[tuple[CudaDriver, _Range]] = []
 
 
 def _let_go() -> None:
-    """Free the addresses of ranges whose last tensor is gone."""
+    """Free the addresses of ranges whose last tensor is gone. What fails stays, to be tried again the next time."""
     for driver, range_ in list(_lingering):
         if not range_.in_use and driver.usable:
-            with driver.on_device():
+            with suppress(DriverError), driver.on_device():
                 driver.calls("cuMemAddressFree", range_.address, range_.size)
-            _lingering.remove((driver, range_))
+                _lingering.remove((driver, range_))
 
 
 class CudaDriver:

@@ -71,8 +71,8 @@ class Driver(Protocol):
     mapping; the driver numbers them so that pages created one after another still form runs.
 
     Any verb may raise DriverError, and then has had no effect that the caller must know of, with two exceptions: after
-    a failed `unmap`, and after a failed `map` where pages were mapped before, the range may be in either state. Verbs
-    may be called from any thread, one at a time for a range.
+    a failed `map` or `unmap` each page of the range may be in either state. Verbs may be called from any thread, one
+    at a time for a range.
     """
 
     @property

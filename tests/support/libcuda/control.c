@@ -40,6 +40,8 @@ static void write_down(const char *name) {
 static CUresult planned_failure(const char *name) {
     if (!planned.name[0] || (strcmp(planned.name, "*") && strcmp(planned.name, name)))
         return CUDA_SUCCESS;
+    if (!strcmp(name, "cuCtxPopCurrent")) /* cannot fail where its push has not */
+        return CUDA_SUCCESS;
     if (--planned.countdown > 0 || (planned.countdown < 0 && !planned.onwards))
         return CUDA_SUCCESS;
     failures++;
