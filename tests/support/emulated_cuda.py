@@ -96,6 +96,10 @@ class Emulation:
         """Everything works again, a lost context too."""
         self._library.emulation_repair()
 
+    def reset(self) -> None:
+        """The state of a new process, but for reserved addresses, which stay."""
+        self._library.emulation_reset()
+
     @property
     def failures(self) -> int:
         """How many calls failed because they were told to."""

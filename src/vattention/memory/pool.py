@@ -297,7 +297,7 @@ class PagePool:
                 return False
             if self._free >= pages or len(self._refs) >= self._budget:
                 return False
-            handle = self._create(1, None, 1)
+            handle = self.meter.create(self.page_size)  # `_create` would release what this piles up
             self._refs[handle] = 0
             self._free_run(handle, handle + self.page_size)
             return True

@@ -113,6 +113,14 @@ EXPORT void emulation_repair(void) {
     pthread_mutex_unlock(&lock);
 }
 
+EXPORT void emulation_reset(void) {
+    emulation_repair();
+    pthread_mutex_lock(&lock);
+    forget_work();
+    forget_memory();
+    pthread_mutex_unlock(&lock);
+}
+
 EXPORT long emulation_failures(void) { return failures; }
 
 EXPORT size_t emulation_log_length(void) { return log_length; }

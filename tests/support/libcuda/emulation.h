@@ -60,4 +60,8 @@ size_t allocated_bytes(CUdevice device);
 /* Do everything that was submitted, so that a fault in it shows. */
 CUresult finish_all_streams(void);
 
+/* Unmap and release everything; drop what was submitted. As when a process ends. */
+void forget_memory(void);
+void forget_work(void);
+
 #endif

@@ -329,6 +329,17 @@ EXPORT CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *number
 
 /* -- for tests ---------------------------------------------------------------------------------------------------- */
 
+void forget_memory(void) {
+    for (size_t at = 0; at < mappings.count; at++)
+        show_nothing(mappings.items[at].address, mappings.items[at].size);
+    mappings.count = 0;
+    for (size_t number = 1; number < handle_count; number++)
+        if (handles[number].held || handles[number].mapped) {
+            handles[number].held = handles[number].mapped = 0;
+            give_back(&handles[number]);
+        }
+}
+
 /* Copy out the mappings in [address, address + size): start, handle, size and access of each. Returns how many. */
 EXPORT size_t emulation_mappings(CUdeviceptr address, size_t size, unsigned long long (*out)[4], size_t room) {
     __attribute__((cleanup(emulation_leave), unused)) int held = 1;
