@@ -19,8 +19,8 @@ import torch
 from support import kernel
 from support.device import DeviceDriver
 from support.drivers import EMULATED, new_driver
-from support.faulty_cuda import FaultyCuda
 from support.faults import Fault, FaultyDriver
+from support.faulty_cuda import FaultyCuda
 from support.mirror import Mirror, check_pool
 from vattention.cache import KVCache, KVLayout, opening
 from vattention.errors import OutOfPages, VAttentionError

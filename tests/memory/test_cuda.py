@@ -25,7 +25,7 @@ if not emulated_cuda.ACTIVE:
     pytest.skip("runs in a process of its own: see test_cuda_emulated.py", allow_module_level=True)
 
 from vattention.cache import KVCache, KVLayout, opening
-from vattention.errors import ConfigError, DriverError, InvalidRequest, OutOfPages
+from vattention.errors import ConfigError, DriverError, OutOfPages
 from vattention.memory import Access, CudaDriver, PagePool, Reservation
 
 emulation = emulated_cuda.load()
@@ -157,9 +157,9 @@ def test_pages_are_unmapped_in_one_call_a_stretch_and_never_across_a_hole(reserv
     emulation.clear_log()
     reservation.unmap(1, 30)
     assert emulation.counts() == {"cuCtxSynchronize": 1, "cuMemUnmap": 3}
-    assert [(start - reservation.address) // PAGE for start, *_ in emulation.mappings(reservation.address, 64 * PAGE)] == [
-        0
-    ]
+    assert [
+        (start - reservation.address) // PAGE for start, *_ in emulation.mappings(reservation.address, 64 * PAGE)
+    ] == [0]
     assert pool.stats().free == 9
 
 
@@ -274,7 +274,9 @@ def test_a_full_device_is_out_of_pages(driver):
 
 def test_other_errors_are_not_retried(driver):
     emulation.fail("cuMemCreate", UNKNOWN)
-    with pytest.raises(DriverError, match=r"cuMemCreate failed with CUDA_ERROR_UNKNOWN \(999, unknown error\)") as caught:
+    with pytest.raises(
+        DriverError, match=r"cuMemCreate failed with CUDA_ERROR_UNKNOWN \(999, unknown error\)"
+    ) as caught:
         driver.create(PAGE)
     assert not caught.value.out_of_memory
     assert emulation.counts()["cuMemCreate"] == 1
@@ -304,7 +306,9 @@ def test_after_a_sticky_error_every_call_says_so_plainly(driver, reservation):
 
 
 def test_a_cache_on_a_lost_device_says_so_and_ends():
-    cache = KVCache(KVLayout(1, 1, 64, torch.float32, 2, 100), pool=PagePool(CudaDriver(tensor_device="cpu"), PAGE, 8 * PAGE))
+    cache = KVCache(
+        KVLayout(1, 1, 64, torch.float32, 2, 100), pool=PagePool(CudaDriver(tensor_device="cpu"), PAGE, 8 * PAGE)
+    )
     slot = cache.alloc()
     cache.step({slot: 50})
     emulation.fail("cuMemCreate", ILLEGAL_ADDRESS)
@@ -417,7 +421,11 @@ t = r.tensor(0, (8 * PAGE,), (1,), torch.uint8)
 t[PAGE:2 * PAGE].fill_(9)
 """
     return subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", prelude + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -666,6 +674,19 @@ def test_the_thread_ends_with_its_pool(driver):
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_closing_again_goes_on_where_it_failed(driver):
+    driver.create(PAGE)
+    driver.create(PAGE)
+    driver.watch(new_stream())
+    for call in ("cuMemRelease", "cuEventDestroy"):
+        emulation.fail(call, UNKNOWN)
+        with pytest.raises(DriverError, match=call):
+            driver.close()
+        emulation.repair()
+    driver.close()
+    assert emulation.allocated() == 0
 
 
 def test_use_after_close(driver):

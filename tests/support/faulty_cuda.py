@@ -14,7 +14,7 @@ _OUT_OF_MEMORY, _UNKNOWN = 2, 999  # of the second nobody knows what it means, a
 class FaultyCuda:
     """What `FaultyDriver` is for the verbs of a driver, for the functions of the CUDA driver API.
 
-    Attributes: those of `FaultyDriver`; `history` has the functions called.
+    Attributes: those of `FaultyDriver`; `history` has the functions called, up to the driver's closing.
     """
 
     def __init__(self, fault: Fault | None) -> None:
@@ -22,6 +22,7 @@ class FaultyCuda:
         self.driver = CudaDriver(tensor_device="cpu")
         self.fault = fault
         self.at_close: int | None = None
+        self._before_close: list[str] | None = None
         self._allocated = self.emulation.allocated()
         self._failures = self.emulation.failures
         self.emulation.clear_log()
@@ -39,7 +40,7 @@ class FaultyCuda:
 
     @property
     def history(self) -> list[str]:
-        return self.emulation.log(everything=True)
+        return self.emulation.log(everything=True) if self._before_close is None else self._before_close
 
     @property
     def failures(self) -> int:
@@ -56,4 +57,5 @@ class FaultyCuda:
     def close(self) -> None:
         if not self.driver.closed:
             self.at_close = self.physical_bytes
+            self._before_close = self.history
         self.driver.close()

@@ -88,7 +88,9 @@ class CudaDriver:
         self.calls = CudaCalls()
         self._owner = os.getpid()
         self._device = self._checked_device(device)
-        self._tensor_device = torch.device("cuda", self._device) if tensor_device is None else torch.device(tensor_device)
+        self._tensor_device = (
+            torch.device("cuda", self._device) if tensor_device is None else torch.device(tensor_device)
+        )
         if self._tensor_device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError("this torch finds no CUDA device: install a build for CUDA, or use device='cpu'")
         self.mappings = MappingBudget(mappings)

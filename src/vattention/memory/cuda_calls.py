@@ -71,7 +71,7 @@ def _initialised() -> tuple[ModuleType, int]:
         ) from error
     try:
         (code,) = driver.cuInit(0)
-    except Exception as error:  # noqa: BLE001 - the loader's own class, which depends on the version
+    except Exception as error:
         raise ConfigError(
             f"the CUDA driver library cannot be loaded ({error}): install NVIDIA's driver, or use device='cpu'"
         ) from error
