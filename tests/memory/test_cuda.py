@@ -289,7 +289,7 @@ def test_after_a_sticky_error_every_call_says_so_plainly(driver, reservation):
     driver.calls("cuCtxPushCurrent", driver._context)
     driver.calls("cuMemUnmap", reservation.address, PAGE)  # behind our back, with work in flight
     driver.calls.api.cuCtxPopCurrent()
-    with pytest.raises(DriverError, match="CUDA_ERROR_ILLEGAL_ADDRESS .*only a new process") as caught:
+    with pytest.raises(DriverError, match=r"CUDA_ERROR_ILLEGAL_ADDRESS .*only a new process") as caught:
         driver.fence()
     assert caught.value.code == ILLEGAL_ADDRESS
     emulation.clear_log()
@@ -297,7 +297,7 @@ def test_after_a_sticky_error_every_call_says_so_plainly(driver, reservation):
         lambda: driver.create(PAGE), lambda: driver.reserve(PAGE), lambda: reservation.unmap(0, 1), driver.fence,
         lambda: reservation.map(1, reservation.pool.take(1)), driver.memory, lambda: driver.release(0, PAGE),
     ):  # fmt: skip
-        with pytest.raises(DriverError, match="a lost device context: not called. cuCtxSynchronize failed") as caught:
+        with pytest.raises(DriverError, match=r"a lost device context: not called\. cuCtxSynchronize failed") as caught:
             call()
         assert caught.value.code == ILLEGAL_ADDRESS
     assert emulation.log() == []
@@ -306,9 +306,8 @@ def test_after_a_sticky_error_every_call_says_so_plainly(driver, reservation):
 
 
 def test_a_cache_on_a_lost_device_says_so_and_ends():
-    cache = KVCache(
-        KVLayout(1, 1, 64, torch.float32, 2, 100), pool=PagePool(CudaDriver(tensor_device="cpu"), PAGE, 8 * PAGE)
-    )
+    pool = PagePool(CudaDriver(tensor_device="cpu"), PAGE, 8 * PAGE)
+    cache = KVCache(KVLayout(1, 1, 64, torch.float32, 2, 100), pool=pool)
     slot = cache.alloc()
     cache.step({slot: 50})
     emulation.fail("cuMemCreate", ILLEGAL_ADDRESS)

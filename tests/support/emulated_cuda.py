@@ -1,8 +1,8 @@
 """The emulated CUDA driver library: built with the system's compiler, found by cuda-bindings in place of the real one.
 
-cuda-bindings opens "libcuda.so.1" at its first call. A library with that name that is loaded already is what it gets, so
-loading ours first suffices. It must not be loaded where something else wants the real one: only in processes that run
-with VATTENTION_TEST_DRIVER=cuda-emulated (tests/memory/test_cuda_emulated.py starts them).
+cuda-bindings opens "libcuda.so.1" at its first call. A library with that name that is loaded already is what it gets,
+so loading ours first suffices. It must not be loaded where something else wants the real one: only in processes that
+run with VATTENTION_TEST_DRIVER=cuda-emulated (tests/memory/test_cuda_emulated.py starts them).
 """
 
 from __future__ import annotations

@@ -39,12 +39,12 @@ class _Range:
     def __init__(self, address: int, size: int, device: torch.device) -> None:
         self.address, self.size = address, size
         # Looks at no address and asks nothing about the pointer, so it may lie over addresses with nothing behind them.
-        self.storage = torch._C._construct_storage_from_data_pointer(address, device, size)  # type: ignore[attr-defined]
+        self.storage = torch._C._construct_storage_from_data_pointer(address, device, size)
 
     @property
     def in_use(self) -> bool:
         """Whether a tensor lies over it."""
-        return bool(torch._C._storage_Use_Count(self.storage._cdata) > 1)  # type: ignore[attr-defined]
+        return bool(torch._C._storage_Use_Count(self.storage._cdata) > 1)
 
 
 _lingering: list[tuple[CudaDriver, _Range]] = []
@@ -88,9 +88,7 @@ class CudaDriver:
         self.calls = CudaCalls()
         self._owner = os.getpid()
         self._device = self._checked_device(device)
-        self._tensor_device = (
-            torch.device("cuda", self._device) if tensor_device is None else torch.device(tensor_device)
-        )
+        self._tensor_device = torch.device(tensor_device or f"cuda:{self._device}")
         if self._tensor_device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError("this torch finds no CUDA device: install a build for CUDA, or use device='cpu'")
         self.mappings = MappingBudget(mappings)
@@ -414,5 +412,5 @@ class CudaDriver:
 
 def _empty_torchs_cache() -> None:
     """Have torch give back device memory it keeps for later, so that a create may find some."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

@@ -192,8 +192,9 @@ class Reservation:
         """Try again where undoing or unmapping failed before, so that the quarantine empties.
 
         Raises:
-            DriverError: nobody can wait for the work in flight, or a place that must show its page does not yet. (Places that only hold on to a page they should
-            not have stay in quarantine without an error: nobody reads them.)
+            DriverError: nobody can wait for the work in flight, or a place that must show its page does not yet.
+                (Places that only hold on to a page they should not have stay in quarantine without an error: nobody
+                reads them.)
         """
         self._check_open()
         with self.pool.lock:
