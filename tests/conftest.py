@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.keywords and not TEST_ALL:
             item.add_marker(skip_slow)
-        if "gpu" in item.keywords and not _cuda_available():
+        if "gpu" in item.keywords and not emulated_cuda.ACTIVE and not _cuda_available():
             item.add_marker(skip_gpu)
 
 

@@ -31,6 +31,8 @@ DRIVER = [
     "tests/memory/test_reservation.py",
     "tests/cache/test_kv_cache.py",
     "tests/bench/test_vmm.py",
+    "tests/gpu",
+    *("-m", "gpu or not gpu"),
 ]
 FAULTS = ["tests/cache/test_faults.py", "-k", "own and calls"]
 EVERYTHING = ["tests/cache", "tests/memory/test_pool_property.py", "tests/memory/test_reservation.py"]
