@@ -1,5 +1,6 @@
 """The front door, on a real model: SmolLM2-135M-Instruct in float32 against transformers' own generate."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from support.models import as_transformers, demo_model, greedy, loaded, tiny_model
 from vattention import LLM, KVCache, RequestOutput, SamplingParams
 from vattention.engine.loading import LoadedModel
+from vattention.engine.opening import LLMOptions, open_engine
 from vattention.errors import ConfigError, InvalidRequest, UnsupportedModel
 
 # Ragged on purpose: one token, a line, several chunks of 64.
@@ -315,7 +317,8 @@ def test_one_line_at_start_says_what_memory_is_for(tiny: LoadedModel, capsys: py
     assert err.count("\n") == 1
     for part in ("of weights (float32)", "4 x 128 tokens", "4 MiB physical budget", f"{capacity} tokens fit"):
         assert part in err
-    assert llm._cache is None
+    with pytest.raises(InvalidRequest, match="closed"):
+        llm.stats()
 
 
 def test_defaults_fit_the_machine(tiny: LoadedModel) -> None:
@@ -408,6 +411,13 @@ def test_options_that_cannot_work(tiny: LoadedModel, options: dict[str, Any], me
         LLM(tiny, **options)
 
 
+def test_options_are_told_to_type_checkers_as_they_are() -> None:
+    told = LLMOptions.__annotations__
+    taken = {name: kind.annotation for name, kind in inspect.signature(open_engine).parameters.items()}
+    assert taken.pop("model")
+    assert {name: getattr(kind, "__forward_arg__", kind) for name, kind in told.items()} == taken
+
+
 def test_a_start_that_fails_late_gives_the_cache_back(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[KVCache] = []
 
@@ -415,7 +425,7 @@ def test_a_start_that_fails_late_gives_the_cache_back(tiny: LoadedModel, monkeyp
         opened.append(cache)
         raise ConfigError("late")
 
-    monkeypatch.setattr("vattention.llm.Engine", fails)
+    monkeypatch.setattr("vattention.engine.opening.Engine", fails)
     with pytest.raises(ConfigError, match="late"):
         LLM(tiny, kv_cache_memory="4MiB")
     assert opened[0].closed
@@ -437,3 +447,13 @@ def test_a_shared_model_is_judged_again_for_its_window() -> None:
             {"prompt_token_ids": [5]}, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False
         )
         assert len(output.outputs[0].token_ids) == 99
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_small_chunks_need_no_other_option(tiny: LoadedModel, rows: int) -> None:
+    prompts = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (1, 4, 9)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with LLM(tiny) as llm:
+        whole = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    with LLM(tiny, max_num_batched_tokens=rows) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == whole

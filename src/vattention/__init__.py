@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vattention.async_llm import AsyncLLM
     from vattention.cache import CacheStats, KVCache, KVLayout
-    from vattention.engine.outputs import RequestOutput
+    from vattention.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from vattention.engine.sampling_params import SamplingParams
     from vattention.errors import (
         ConfigError,
         DriverError,
+        EngineError,
         InvalidRequest,
         OutOfPages,
         UnsupportedModel,
@@ -26,11 +28,16 @@ _HOME = {
     "CacheStats": "vattention.cache",
     "KVCache": "vattention.cache",
     "KVLayout": "vattention.cache",
+    "CompletionOutput": "vattention.engine.outputs",
+    "Logprob": "vattention.engine.outputs",
+    "RequestMetrics": "vattention.engine.outputs",
     "RequestOutput": "vattention.engine.outputs",
     "SamplingParams": "vattention.engine.sampling_params",
+    "AsyncLLM": "vattention.async_llm",
     "LLM": "vattention.llm",
     "ConfigError": "vattention.errors",
     "DriverError": "vattention.errors",
+    "EngineError": "vattention.errors",
     "InvalidRequest": "vattention.errors",
     "OutOfPages": "vattention.errors",
     "UnsupportedModel": "vattention.errors",
@@ -39,13 +46,18 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CacheStats",
+    "CompletionOutput",
     "ConfigError",
     "DriverError",
+    "EngineError",
     "InvalidRequest",
     "KVCache",
     "KVLayout",
+    "Logprob",
     "OutOfPages",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "UnsupportedModel",

@@ -22,6 +22,13 @@ class InvalidRequest(VAttentionError, ValueError):
     """A call or a request that can never be served: a dead slot, a prompt that is too long, use after close."""
 
 
+class EngineError(VAttentionError):
+    """The engine failed, or was closed, while it had a request, or it has stopped for good: the caller did no wrong.
+
+    `__cause__` is what happened, where something did.
+    """
+
+
 class UnsupportedModel(VAttentionError):
     """A model whose attention this engine would not compute exactly. The message names the reason."""
 

@@ -28,7 +28,7 @@ def module(layer: int = 1) -> nn.Module:
 
 def call(batch: AttentionBatch | None, rows: int, mask: Any = None, **kwargs: Any) -> torch.Tensor:
     q, k, v = (torch.randn(1, heads, rows, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    return attention_forward(module(), q, k, v, mask, scaling=0.3, vattention=batch, **kwargs)[0]
+    return attention_forward(module(), q, k, v, mask, scaling=0.3, vattention_batch=batch, **kwargs)[0]
 
 
 @pytest.fixture
@@ -116,11 +116,11 @@ def test_a_layer_of_another_shape_is_refused(batch: AttentionBatch) -> None:
     # One KV head would otherwise be broadcast into both of the cache's.
     q, k = torch.zeros(1, HEADS, 5, DIM), torch.zeros(1, 1, 5, DIM)
     with pytest.raises(UnsupportedModel, match="laid out"):
-        attention_forward(module(), q, k, k, None, vattention=batch)
+        attention_forward(module(), q, k, k, None, vattention_batch=batch)
 
 
 def test_without_a_batch_the_message_says_what_is_missing() -> None:
-    with pytest.raises(InvalidRequest, match="vattention="):
+    with pytest.raises(InvalidRequest, match="vattention_batch="):
         call(None, 5)
 
 
@@ -154,7 +154,7 @@ def test_k_and_v_of_different_width() -> None:
     cache = [(torch.zeros(shapes[0]), torch.zeros(shapes[1]))] * 2
     batch = AttentionBatch.build([Segment(2, 0, 5, 5)], cache, choose.prepare)
     q, k, v = torch.randn(1, HEADS, 5, 8), torch.randn(1, KV_HEADS, 5, 8), torch.randn(1, KV_HEADS, 5, 5)
-    out, _ = attention_forward(module(), q, k, v, None, vattention=batch)
+    out, _ = attention_forward(module(), q, k, v, None, vattention_batch=batch)
     assert out.shape == (1, 5, HEADS, 5)
     with pytest.raises(UnsupportedModel, match="laid out"):
-        attention_forward(module(0), q, k, k, None, vattention=batch)
+        attention_forward(module(0), q, k, k, None, vattention_batch=batch)

@@ -1,5 +1,7 @@
 """Every causal language model of the installed transformers is accepted or refused with a reason, by name."""
 
+import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +44,19 @@ def test_every_class_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\n{len(accepted)} accepted, {len(refused)} refused of transformers {transformers.__version__}")
     assert len(accepted) + len(refused) == len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def test_a_position_bias_is_refused_by_name() -> None:
+    """ALiBi and its like, found in the sources: what passes a bias to attention, and what computes one by itself."""
+    biased = set()
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        module = importlib.util.find_spec(getattr(transformers, name).__module__)
+        assert module is not None
+        assert module.origin is not None
+        if re.search(r"\b(position_bias=|build_alibi|build_mpt_alibi|rel_attn_core)", Path(module.origin).read_text()):
+            biased.add(model_type)
+            assert "position bias" in REFUSED[model_type], model_type
+    assert biased >= {"bloom", "falcon", "mpt", "inkling_text", "inkling2_text", "cpmant", "xlnet"}
 
 
 def test_the_tables_name_nothing_else() -> None:

@@ -115,58 +115,6 @@ def test_windows_are_tested_where_there_are_any() -> None:
             assert ("window" in features_of(model_type)) == (model_type not in WINDOW_IN_MASK), model_type
 
 
-# -- the features, off in the reference -------------------------------------------------------------------------------
-
-OFF = [
-    pytest.param(kind, {"sliding_window": 256}, id=f"{kind}-window")
-    for kind in ("mistral", "mixtral", "phi3", "starcoder2", "qwen2", "gemma2", "gemma3_text", "cohere2", "gpt_oss")
-] + [
-    pytest.param("gemma2", {"attn_logit_softcapping": None}, id="gemma2-softcap"),
-    pytest.param("granite", {"attention_multiplier": 0.15}, id="granite-scaling"),
-    pytest.param("gemma3_text", {"query_pre_attn_scalar": 16}, id="gemma3_text-scaling"),
-]
-
-
-@pytest.mark.parametrize(("model_type", "changes"), OFF)
-def test_a_reference_without_the_feature_fails_the_comparison(model_type: str, changes: dict[str, Any]) -> None:
-    model, other = shared(model_type), tiny_model(model_type, **changes)
-    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, its)
-    ours = one_pass(model, PROMPTS[3])[-1:]
-    assert relative_error(ours, teacher_forced(other, PROMPTS[3], [0])) > SEEN
-    with as_transformers(model):
-        assert relative_error(ours, teacher_forced(model, PROMPTS[3], [0])) < TOLERANCE
-
-
-@pytest.mark.parametrize("model_type", ["gpt_oss", "granite_swa", "mimo_v2_flash"])
-def test_a_reference_without_sinks_fails_the_comparison(model_type: str) -> None:
-    model = tiny_model(model_type)
-    ours = one_pass(model, PROMPTS[3])[-1:]
-    assert relative_error(ours, teacher_forced(model, PROMPTS[3], [0])) < TOLERANCE
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "sink" in name:
-                weight.fill_(-1e4)
-    assert relative_error(ours, teacher_forced(model, PROMPTS[3], [0])) > SEEN
-
-
-def test_a_batch_whose_requests_see_each_other_would_be_seen() -> None:
-    """The control: the flat batch as one long text, which is what a kernel without segments would compute."""
-    model = tiny_model()
-    first, second = PROMPTS[1], PROMPTS[2]
-    alone = teacher_forced(model, second, [0])
-    positions = torch.tensor([[*range(len(first)), *range(len(second))]])
-    with torch.inference_mode():
-        # An explicit mask of ones keeps transformers from finding the two texts in the positions.
-        mixed = model(
-            input_ids=torch.tensor([[*first, *second]]),
-            attention_mask=torch.ones(1, positions.shape[1]),
-            position_ids=positions,
-            use_cache=False,
-        ).logits[0, -1:]
-    assert relative_error(mixed, alone) > SEEN
-
-
 # -- every way to run, for the types most people have -----------------------------------------------------------------
 
 WAYS: dict[str, dict[str, Any]] = {

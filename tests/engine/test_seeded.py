@@ -2,9 +2,11 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from support import tokenizers
 from support.models import engine_for, loaded, prompts_of, run, tiny_model
@@ -12,7 +14,7 @@ from support.sampling import adjusted
 from support.tokenizers import spell
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel
-from vattention.engine.request import Request
+from vattention.engine.request import Chunk, Request
 from vattention.engine.sampling_params import SamplingParams
 
 PROMPTS = prompts_of(1, 40, 17, 64, 65, 100, 5, 33, 8, 90, 61, 20)
@@ -73,6 +75,36 @@ def test_preemption(model: LoadedModel, alone: dict[int, Any], pages: int) -> No
     )
     assert all_said(engine, list(range(len(PROMPTS)))) == alone
     assert engine.scheduler.preemptions > 0, "no pressure, no test"
+
+
+@pytest.mark.parametrize(("pages", "rows"), [(100, 512), (100, 21), (6, 40)])
+def test_priorities_and_passes_that_fail(model: LoadedModel, alone: dict[int, Any], pages: int, rows: int) -> None:
+    """Whoever is tried again alone, in whatever order, goes on as it would have; who fails alone says what it can."""
+    dice = random.Random(pages * rows)
+    engine = engine_for(
+        model, max_num_seqs=12, memory=pages * 6 * 4096, page_size=4096, max_num_batched_tokens=rows, poison=True
+    )
+    forward, failures = engine._runner.forward, 0
+
+    def failing(chunks: Sequence[Chunk]) -> torch.Tensor:
+        nonlocal failures
+        logits = forward(chunks)  # K and V are written
+        bad = any(c.request.request_id == "bad" and len(c.request.output_token_ids) == 3 for c in chunks)
+        if bad or (len(chunks) > 1 and dice.random() < 0.05):
+            failures += 1
+            raise RuntimeError
+        return logits
+
+    engine._runner.forward = failing  # type: ignore[method-assign]
+    order = dice.sample(range(len(PROMPTS)), len(PROMPTS))
+    requests = {i: engine.add_request(PROMPTS[i], PARAMS[i], priority=dice.randint(-1, 1)) for i in order}
+    bad = engine.add_request(PROMPTS[4], PARAMS[0], "bad", priority=dice.randint(-1, 1))
+    while engine.unfinished:
+        engine.step()
+    assert {i: said(request) for i, request in requests.items()} == alone
+    assert (bad.finish_reason, len(bad.output_token_ids)) == ("error", 3)
+    assert failures >= 3
+    assert (engine.scheduler.preemptions > 0) == (pages == 6)
 
 
 @pytest.mark.parametrize("pages", [4, 100])

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import isclose
 from typing import Any
 
 import pytest
@@ -80,8 +81,16 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 6,
 }
 
+
+def _yarn(**more: Any) -> dict[str, Any]:
+    """YaRN from a context that the long prompts are beyond; by default types have it from thousands of tokens."""
+    original = {"original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0}
+    return {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **original, **more}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "biogpt": {"num_key_value_heads": 6},
     "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
     "cwm": {"bos_token_id": 1, "eos_token_id": 2},
@@ -96,7 +105,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 211,
     },
     "gemma4_unified_text": {"global_head_dim": 16, "num_kv_shared_layers": 0},
+    "glm4_moe": {"use_qk_norm": True},
     "glm4_moe_lite": _LATENT,
+    "gpt_oss": {"rope_parameters": _yarn(truncate=False)},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True},
     "granite": {
         "attention_multiplier": 0.3,
@@ -104,13 +115,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
         "logits_scaling": 3.0,
     },
-    "granite_swa": {"attention_multiplier": 0.3},
+    "granite_swa": {"attention_multiplier": 0.3, "layer_rope_theta": [1e4, 1e2, 1e4]},
     "granitemoe": {"attention_multiplier": 0.3},
-    "granitemoe_swa": {"attention_multiplier": 0.3},
+    "granitemoe_swa": {"attention_multiplier": 0.3, "layer_rope_theta": [1e4, 1e2, 1e4]},
     "granitemoeshared": {"attention_multiplier": 0.3},
     "longcat_flash": _LATENT,
-    "mimo_v2_flash": {"num_key_value_heads": 1, "v_head_dim": 6, "initializer_range": 0.15},
+    "mimo_v2_flash": {
+        "num_key_value_heads": 1,
+        "v_head_dim": 6,
+        "initializer_range": 0.15,
+        "rope_parameters": {  # half of eight dimensions: of the third by default only one turns, alike at every theta
+            "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    },
     "minicpm3": _LATENT,
+    "ministral3": {"rope_parameters": _yarn(mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)},
     "modernbert-decoder": {
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -266,11 +286,13 @@ def engine_for(model: LoadedModel, *, max_num_seqs: int = 4, max_model_len: int 
 def run(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[Request]:
-    """Add all, step until nobody is left."""
+    """Add all, step until nobody is left. Raises what a request fails of."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     requests = [engine.add_request(prompt, wanted) for prompt, wanted in zip(prompts, each, strict=True)]
     while engine.unfinished:
-        engine.step()
+        for sample in engine.step():
+            if sample.error is not None:
+                raise sample.error
     return requests
 
 
@@ -305,7 +327,8 @@ def watching(seen: set[str], **changes: Any) -> Kernel:
 
         def watched(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
             asked = {name: getattr(features, name) for name in ("scaling", "window", "softcap", "sinks")}
-            seen.update(name for name in asked if asked[name] is not None)
+            plain = features.scaling is None or isclose(features.scaling, keys.shape[3] ** -0.5, rel_tol=1e-6)
+            seen.update(name for name in asked if asked[name] is not None and not (name == "scaling" and plain))
             if keys.shape[2] == 1 < q.shape[0]:
                 seen.add("multi-query")
             elif keys.shape[2] < q.shape[0]:

@@ -5,7 +5,8 @@ or computed twice in the wrong place makes other tokens.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -38,18 +39,29 @@ class Rememberer:
         self.passes = 0
         self.rows = 0
         self.fail_at: int | None = None
+        self.fails: Callable[[Sequence[Chunk]], bool] = lambda chunks: False
+        self.failures = 0
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         self.passes += 1
-        if self.passes == self.fail_at:
+        if self.passes == self.fail_at or self.fails(chunks):
+            self.failures += 1
+            for chunk in chunks:  # in the middle of a pass, what follows is spoiled
+                del self.slots.setdefault(chunk.slot, [])[chunk.start :]
+                self.slots[chunk.slot] += [0] * (chunk.end - chunk.start)
             raise RuntimeError("the model broke")
         running = self.engine.scheduler.running
         rows = sum(chunk.end - chunk.start for chunk in chunks)
         self.rows += rows
-        assert 0 < rows <= self.limit
+        assert rows <= self.limit
+        assert all(chunk.end > chunk.start for chunk in chunks)
         assert len({chunk.slot for chunk in chunks}) == len(chunks)
-        # Nobody who could decode is left out for somebody's prompt.
-        assert {c.request for c in chunks} >= {r for r in running if r.remaining == 1}
+        if any(r.suspect for r in running):
+            assert len(chunks) == 1
+            assert chunks[0].request.suspect
+        else:
+            # Nobody who could decode is left out for somebody's prompt.
+            assert {c.request for c in chunks} >= {r for r in running if r.remaining == 1}
         logits = []
         for chunk in chunks:
             assert self.cache.length(chunk.slot) == chunk.end
@@ -100,3 +112,18 @@ def nothing_is_left(engine: Engine, cache: KVCache) -> None:
     assert cache.stats().needed == 0
     cache.trim()
     assert cache.stats().created == 0
+
+
+def count_forks(cache: KVCache, runner: Rememberer) -> list[int]:
+    """Lets the stub know what a fork copies. Returns the list that fork targets are put in."""
+    fork, made = cache.fork, []
+
+    def watched(slot: Any) -> int | None:
+        target = fork(slot)
+        if target is not None:
+            made.append(target)
+            runner.slots[target] = list(runner.slots[slot])
+        return target
+
+    cache.fork = watched  # type: ignore[method-assign]
+    return made

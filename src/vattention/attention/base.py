@@ -5,7 +5,8 @@ Everything that depends on the batch is worked out once, in `AttentionBatch.buil
 keyword argument; there is no global state.
 
 Source: https://huggingface.co/docs/transformers/main/en/attention_interface. The name is not registered as a *mask*
-interface, so transformers builds no mask; causality is the kernel's business.
+interface, so transformers builds no mask; causality is the kernel's business. What users name in `attn_implementation`,
+with masks and transformers' own caches, is in `attention.generate`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 
 from vattention.errors import InvalidRequest, UnsupportedModel
 
-NAME = "vattention"
-"""What `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
+NAME = "vattention_batch"
+"""What the engine's `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
 
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """K and V of every layer, `[slots, padded_len, kv_heads, width]` each; heads and widths may differ between layers, and
@@ -157,7 +158,7 @@ def _check(segments: Sequence[Segment], *, slots: int, padded_len: int) -> None:
 
 
 def register() -> None:
-    """Make `attn_implementation="vattention"` known to transformers. Idempotent."""
+    """Make `attn_implementation=NAME` known to transformers. Idempotent."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
@@ -176,7 +177,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    vattention: AttentionBatch | None = None,
+    vattention_batch: AttentionBatch | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, with the signature that transformers calls.
@@ -186,7 +187,7 @@ def attention_forward(
         query: `[1, q_heads, rows, width]`; key and value: `[1, kv_heads, rows, width]`, new tokens only.
         attention_mask: must be None.
         sliding_window, softcap, s_aux: see `Features`.
-        vattention: the batch, given to the model's forward as a keyword argument.
+        vattention_batch: the batch, given to the model's forward as a keyword argument.
 
     Returns:
         `[1, rows, q_heads, width of V]` and None (there are no attention weights to show).
@@ -194,8 +195,9 @@ def attention_forward(
     Raises:
         UnsupportedModel: an argument that would change the answer, named. Refusing beats computing another model.
     """
-    if vattention is None:
+    if vattention_batch is None:
         raise InvalidRequest(f"this model computes attention in a KVCache: call it with {NAME}=AttentionBatch(...)")
+    batch = vattention_batch
     if attention_mask is not None:
         raise UnsupportedModel("the model passes an attention_mask: only plain causal attention is computed here")
     if dropout:
@@ -213,14 +215,14 @@ def attention_forward(
         if given is not None and given is not False and name not in _HARMLESS:
             raise UnsupportedModel(f"the model passes {name}, which may change what attention computes: not built")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if layer in vattention._written:
+    if layer in batch._written:
         raise UnsupportedModel(f"layer {layer} computes attention twice in one pass, and has room for one K and V")
-    keys, values = vattention.layers[layer]
+    keys, values = batch.layers[layer]
     if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
         raise UnsupportedModel(
             f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
             f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
         )
-    vattention.write(layer, key[0], value[0])
+    batch.write(layer, key[0], value[0])
     features = Features(scaling, sliding_window, softcap, s_aux)
-    return vattention.attend(query[0], keys, values, features)[None], None
+    return batch.attend(query[0], keys, values, features)[None], None

@@ -42,6 +42,7 @@ class GrowthBench:
 
     model: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     requests: int = 8
     prompt_tokens: int = 128
     output_tokens: int = 128
@@ -83,7 +84,12 @@ def run(options: GrowthBench) -> int:
     check_writable(options.json)
     if min(options.requests, options.prompt_tokens, options.rounds) < 1 or options.output_tokens <= _OTHER_STEPS:
         raise ConfigError(f"requests, prompt tokens and rounds: at least 1; output tokens: more than {_OTHER_STEPS}")
-    loaded = load_model(options.model, dtype=options.dtype, max_model_len=options.engine.max_model_len)
+    loaded = load_model(
+        options.model,
+        dtype=options.dtype,
+        max_model_len=options.engine.max_model_len,
+        trust_remote_code=options.trust_remote_code,
+    )
     # No slot for others, so that no idle one is mapped ahead; all prompts in one pass, so that all decode together.
     engine_options = replace(
         options.engine,
@@ -119,6 +125,13 @@ def run(options: GrowthBench) -> int:
     return _report(options, demand, premapped, page, loaded.name)
 
 
+def _step(engine: Engine) -> None:
+    """One forward pass. Raises what a request fails of."""
+    for request in engine.step():
+        if request.error is not None:
+            raise request.error
+
+
 def _decode(engine: Engine, cache: KVCache, prompts: Sequence[Sequence[int]], outputs: int, *, ahead: bool) -> Round:
     """One round: all prompts, `outputs` tokens each; the decode steps but the first and the last are timed.
 
@@ -129,23 +142,23 @@ def _decode(engine: Engine, cache: KVCache, prompts: Sequence[Sequence[int]], ou
     params = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True)
     requests = [engine.add_request(prompt, params) for prompt in prompts]
     while not all(request.output_token_ids for request in requests):
-        engine.step()
+        _step(engine)
     if ahead:
         lengths = {request.slot: request.computed for request in requests if request.slot is not None}
         cache.step({slot: length + outputs for slot, length in lengths.items()})
         cache.step(lengths)  # a rollback: the pages stay
-    engine.step()
+    _step(engine)
     cache.wait()
     before, stats = _calls(cache), cache.stats()
     seconds = []
     for _ in range(outputs - _OTHER_STEPS):
         start = time.perf_counter()
-        engine.step()
+        _step(engine)
         seconds.append(time.perf_counter() - start)
     cache.wait()
     after, then = _calls(cache), cache.stats()
     while engine.unfinished:
-        engine.step()
+        _step(engine)
     return Round(
         tuple(seconds),
         after[0] - before[0],

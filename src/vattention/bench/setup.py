@@ -17,6 +17,7 @@ _BATCHED_TOKENS = 512
 class EngineOptions:
     """As the arguments of `LLM`, with its defaults."""
 
+    device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 16
     kv_cache_memory: str | None = None
@@ -47,6 +48,7 @@ def open_cache(loaded: LoadedModel, options: EngineOptions) -> KVCache:
     default = layout.size if headroom is None else max(1, min(layout.size, headroom // 2))
     return KVCache(
         layout,
+        device="cpu" if options.device == "auto" else options.device,
         memory=options.kv_cache_memory or default,
         page_size=options.page_size,
         guard=options.guard,

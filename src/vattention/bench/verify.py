@@ -60,6 +60,7 @@ class Verify:
 
     model: str | None = None
     dtype: str = "float32"
+    trust_remote_code: bool = False
     prompts: int = 20
     longest: int = 3000
     prompt_tokens: Sequence[int] | None = None
@@ -151,7 +152,12 @@ def run(options: Verify) -> int:
     check_writable(options.json)
     lengths = list(options.prompt_tokens or spread(options.prompts, options.longest))
     engine = options.engine
-    loaded = load_model(options.model, dtype=options.dtype, max_model_len=engine.max_model_len)
+    loaded = load_model(
+        options.model,
+        dtype=options.dtype,
+        max_model_len=engine.max_model_len,
+        trust_remote_code=options.trust_remote_code,
+    )
     tie_gap, logit_error = _tolerances(options, loaded.dtype)
     longest = loaded.geometry.longest_request(engine.max_model_len) - options.max_tokens
     if options.prompt_tokens is None:
@@ -309,7 +315,9 @@ def _answers(
         engine = open_engine(loaded, cache, runner, options)
         requests = [engine.add_request(prompt.token_ids, params) for prompt in prompts]
         while engine.unfinished:
-            engine.step()
+            for request in engine.step():
+                if request.error is not None:
+                    raise request.error
         answers = []
         for request in requests:
             rows = runner.logits[request.request_id]

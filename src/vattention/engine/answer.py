@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
+
 from vattention.engine.detokenizer import Vocabulary
 from vattention.engine.generated_text import GeneratedText
 from vattention.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -46,7 +48,8 @@ def request_output(request: Request, vocabulary: Vocabulary | None, prompt: str 
 
 
 def _completion(sample: Request, vocabulary: Vocabulary | None) -> CompletionOutput:
-    update_text(sample, vocabulary, last=sample.finished)
+    with suppress(Exception) if sample.error is not None else nullcontext():  # it may have ended with just that error
+        update_text(sample, vocabulary, last=sample.finished)
     scored = sample.params.logprobs is not None
     chosen = [entry[token].logprob for token, entry in zip(sample.output_token_ids, sample.logprobs, strict=False)]
     return CompletionOutput(

@@ -90,9 +90,9 @@ where it changes nothing."""
 
 _REASONS: dict[str, str] = {
     "it keeps recurrent or convolution state from token to token, which a flat batch would mix between requests": """
-        bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2
-        lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
-        qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya
+        bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2
+        minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp
+        qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya
     """,
     "an indexer or compressor with a cache of its own picks the keys of each token, and a flat batch would mix it": """
         axk2 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text
@@ -100,9 +100,16 @@ _REASONS: dict[str, str] = {
     "its chunked attention is in transformers' mask alone, and packing requests loses the mask": "llama4 llama4_text",
     "it builds a mask of its own from learned values, and packing requests loses the mask": "doge",
     "it is a patch-based byte model: several transformers of different lengths, with cross-attention": "blt",
-    "it computes attention in its own code and not through transformers' attention interface": """
-        bloom codegen cpmant falcon gpt_neo gpt_neox_japanese gptj mpt openai-gpt reformer xglm xlm xlnet
+    "it adds a learned position bias to the scores, which no kernel here does, and keeps convolution state besides": """
+        inkling2_text inkling_text
     """,
+    "it computes attention in its own code and not through transformers' attention interface": """
+        codegen gpt_neo gpt_neox_japanese gptj openai-gpt reformer xglm xlm
+    """,
+    "it adds a position bias to the scores (ALiBi, or falcon's by configuration), in code of its own and not through"
+    " transformers' attention interface": "bloom falcon mpt",
+    "it adds a learned position bias to the scores, in code of its own and not through transformers' attention"
+    " interface": "cpmant xlnet",
     "it does not pass forward arguments on to attention, which would not learn where the batch's requests are": """
         nemotron stablelm
     """,

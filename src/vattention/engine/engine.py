@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-
 from vattention.cache import KVCache
-from vattention.engine import sampler
 from vattention.engine.adjustment import Adjuster
 from vattention.engine.answer import request_output, update_text
+from vattention.engine.attempt import attempt
 from vattention.engine.detokenizer import Vocabulary
-from vattention.engine.logprobs import top_logprobs
-from vattention.engine.outputs import Logprob, RequestOutput
+from vattention.engine.outputs import RequestOutput
 from vattention.engine.randomness import random_bits
+from vattention.engine.reading import New, Reading, read
 from vattention.engine.request import Chunk, Request
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import SamplingParams, whole
@@ -103,12 +102,22 @@ class Engine:
         return prompt
 
     def add_request(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> Request:
         """Queue a request; `step` moves it on, and the returned object shows how far it is.
 
+        Args:
+            request_id: None: a new one.
+            priority: requests with a lower number are served earlier, equal ones in order of arrival.
+
         Raises: as `check`, and InvalidRequest for a `request_id` that is in use.
         """
+        priority = whole("priority", priority, at_least=-(2**63), below=2**63)
         prompt = self.check(prompt_token_ids, params)
         name = str(self._added) if request_id is None else request_id
         if name in self._requests:
@@ -120,8 +129,20 @@ class Engine:
         family: list[Request] = []
         now, since_epoch = time.monotonic(), time.time()
         for sample in range(params.n):
-            request = Request(name, prompt, params, seed, sample, ends, family, arrival=now, arrival_time=since_epoch)
-            request.adjuster = Adjuster.needed(prompt, params, ends)
+            Request(
+                request_id=name,
+                prompt_token_ids=prompt,
+                params=params,
+                seed=seed,
+                sample=sample,
+                ends=ends,
+                number=self._added,
+                priority=priority,
+                family=family,
+                adjuster=Adjuster.needed(prompt, params, ends),
+                arrival=now,
+                arrival_time=since_epoch,
+            )
         leader = family[0]
         leader.unbranched = params.n > 1
         self._added += 1
@@ -134,7 +155,8 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._end_all(request)
+        for sample in request.family:
+            self._end(sample)
         return True
 
     def output(self, request: Request, prompt: str | None = None) -> RequestOutput:
@@ -149,31 +171,28 @@ class Engine:
     def step(self) -> list[Request]:
         """One forward pass. Returns what got a token or ended, in no particular order: each sample of a request.
 
-        Whatever goes wrong, nothing leaks: requests that held a slot are aborted and their slots given back, those
-        that wait are unharmed, and the engine can go on.
+        A request that cannot go on ends alone, with finish_reason "error" and the reason in its `error`; the others
+        lose nothing. When a pass of several requests fails, they give their slots back and the next passes compute
+        each of them alone: their tokens are the same, and the one that fails alone ends.
 
         Raises:
-            OutOfPages: see `Scheduler.schedule`. Anything that the model raises.
+            KeyboardInterrupt, SystemExit, and InvalidRequest once the cache is closed: requests that held a slot are
+            aborted and their slots given back, those that wait are unharmed, and the engine can go on.
         """
         try:
-            before = [sample for leader in self._requests.values() for sample in leader.family if not sample.finished]
+            moved: list[Request] = []
             chunks = self.scheduler.schedule()
-            moved = [sample for sample in before if sample.finished]
             if chunks:
-                now = time.monotonic()
-                for chunk in chunks:
-                    if chunk.request.scheduled is None:
-                        chunk.request.scheduled = now
-                # While the model computes, the next pass's pages are mapped: no driver call between two tokens.
-                self.scheduler.prefetch(chunks)
-                moved += self._commit(chunks, self._runner.forward(chunks))
+                reading = attempt(lambda: self._compute(chunks))
+                if isinstance(reading, Exception):
+                    self.scheduler.set_back(chunks, reading)
+                else:
+                    self._note(chunks, reading)
+                    moved = reading.samples
         except BaseException:
-            for leader in list(self._requests.values()):
-                harmed = any(sample.slot is not None for sample in leader.family)
-                # A leader that is given up before the others branch off takes them with it: nobody has queued them.
-                if harmed or leader.all_finished or (leader.finished and leader.unbranched):
-                    self._end_all(leader)
+            self._abort_the_harmed()
             raise
+        moved = list(dict.fromkeys([*moved, *self.scheduler.ended()]))
         for sample in moved:
             if sample.finished:
                 self._end(sample)
@@ -197,63 +216,48 @@ class Engine:
         finally:
             self._cache.free(slot)
 
-    def _commit(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[Request]:
-        """Note what was computed, hand new tokens out, and see who is done. `logits`: see `Runner.forward`."""
-        for chunk in chunks:
-            chunk.request.computed = chunk.end
-        samples, rows = self._score_prompts(chunks, logits)
-        if rows != list(range(len(logits))):
-            logits = logits[rows]
-        tokens = sampler.sample(logits, [self._row(sample) for sample in samples])
-        scored = [i for i, sample in enumerate(samples) if sample.params.logprobs is not None]
-        if scored:
-            part = logits if len(scored) == len(samples) else logits[scored]
-            entries = self._logprobs(part, [tokens[i] for i in scored], [samples[i].params.logprobs for i in scored])
-            for i, entry in zip(scored, entries, strict=True):
-                samples[i].logprobs.append(entry)
+    def _compute(self, chunks: list[Chunk]) -> Reading:
+        """The forward pass and what comes of it. No request is changed, but for `scheduled`: it can be done again."""
         now = time.monotonic()
-        for sample, token in zip(samples, tokens, strict=True):
-            sample.output_token_ids.append(token)
-            sample.token_times.append(now)
-            self._see_whether_it_ends(sample, token)
-        for leader in [sample for sample in samples if sample.unbranched]:
-            leader.unbranched = False
-            for other in leader.family[1:]:
-                other.scheduled = leader.scheduled
-            self.scheduler.branch(leader, [other for other in leader.family[1:] if not other.finished])
-        return samples
-
-    def _score_prompts(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> tuple[list[Request], list[int]]:
-        """Keep the log-probabilities of prompts. Returns who gets a token, and from which row of `logits`."""
-        samples: list[Request] = []
-        rows: list[int] = []
-        row = 0
         for chunk in chunks:
-            request, scored = chunk.request, chunk.scored
-            if scored:
-                part = logits[row : row + len(scored)]
-                tokens = request.tokens(scored.start + 1, scored.stop + 1)
-                wanted = [request.params.prompt_logprobs] * len(scored)
-                request.prompt_logprobs += self._logprobs(part, tokens, wanted)
-                row += len(scored)
-            if chunk.samples:
-                # The others have the same prompt, and so the same logits.
-                new = request.family if request.unbranched else [request]
-                samples += new
-                rows += [row] * len(new)
-                row += 1
-        return samples, rows
-
-    def _logprobs(
-        self, logits: torch.Tensor, tokens: Sequence[int], wanted: Sequence[int | None]
-    ) -> list[dict[int, Logprob]]:
+            if chunk.request.scheduled is None:
+                chunk.request.scheduled = now
+        # While the model computes, the next pass's pages are mapped: no driver call between two tokens.
+        self.scheduler.prefetch(chunks)
         text_of = None if self._vocabulary is None else self._vocabulary.text_of
-        return top_logprobs(logits, tokens, [count or 0 for count in wanted], text_of)
+        return read(chunks, self._runner.forward(chunks), text_of)
 
-    @staticmethod
-    def _row(sample: Request) -> sampler.Row:
-        adjustment = None if sample.adjuster is None else sample.adjuster.next(sample.output_token_ids)
-        return sampler.Row(sample.params, sample.seed, sample.num_tokens, sample.sample, adjustment)
+    def _note(self, chunks: Sequence[Chunk], reading: Reading) -> None:
+        """Hand new tokens out, and see who is done. What fails here fails for one request alone."""
+        for chunk, score in zip(chunks, reading.scores, strict=True):
+            chunk.request.computed = chunk.end
+            chunk.request.suspect &= not chunk.samples
+            if isinstance(score, Exception):
+                self.scheduler.fail(chunk.request, score)
+            else:
+                chunk.request.prompt_logprobs += score
+        now = time.monotonic()
+        for sample, new in zip(reading.samples, reading.new, strict=True):
+            if sample.error is not None:
+                continue
+            error = new if isinstance(new, Exception) else attempt(partial(self._append, sample, new, now))
+            if error is not None:
+                sample.finish_reason = sample.stop_reason = None  # it may have got as far as an end
+                self.scheduler.fail(sample, error)
+        for leader in [sample for sample in reading.samples if sample.unbranched and sample.error is None]:
+            leader.unbranched = False
+            others = [other for other in leader.family[1:] if not other.finished]
+            error = attempt(partial(self.scheduler.branch, leader, others))
+            if error is not None:
+                self.scheduler.fail(leader, error)
+
+    def _append(self, sample: Request, new: New, now: float) -> None:
+        sample.output_token_ids.append(new.token)
+        sample.scheduled = sample.scheduled or sample.family[0].scheduled  # its first pass was the leader's
+        sample.token_times.append(now)
+        if new.logprobs is not None:
+            sample.logprobs.append(new.logprobs)
+        self._see_whether_it_ends(sample, new.token)
 
     def _see_whether_it_ends(self, sample: Request, token: int) -> None:
         if token in sample.ends:
@@ -283,13 +287,21 @@ class Engine:
         if params.stop_strings and self._vocabulary is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model came without: use stop_token_ids")
 
-    def _end_all(self, leader: Request) -> None:
-        for sample in leader.family:
+    def _abort_the_harmed(self) -> None:
+        """End whoever is not safely in the queue."""
+        for sample in self.scheduler.ended():
             self._end(sample)
+        waiting = set(self.scheduler.waiting)
+        for leader in list(self._requests.values()):
+            ahead = [leader] if leader.unbranched else leader.family
+            if not all(sample.finished or sample in waiting for sample in ahead) or leader.all_finished:
+                for sample in leader.family:
+                    # In a cache that is closed there is no slot to give back; what is raised is why we are here.
+                    attempt(partial(self._end, sample))
 
     def _end(self, sample: Request) -> None:
         """Be done with a sample, giving its slot back. One that has not finished is aborted."""
         sample.finish_reason = sample.finish_reason or "abort"
-        self.scheduler.release(sample)
         if sample.all_finished:
             self._requests.pop(sample.request_id, None)
+        self.scheduler.release(sample)

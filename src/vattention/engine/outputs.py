@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 """An end token or a stop string; as long as it may get (`max_tokens`, `max_model_len`, or all that the KV budget
-holds); cut off."""
+holds); cut off; failed, see `Request.error`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,19 @@ class Request:
         seed: of its random numbers, 64 bits.
         sample: which of the samples it is.
         family: all samples of the request in order, itself included.
+        number: of its request in order of arrival.
         unbranched: of the leader: the others still wait for its prompt.
         ends: tokens that end the text.
         output_token_ids: kept through preemption.
         slot: where its K and V are, or None while it waits.
         computed: tokens whose K and V are in the slot.
+        priority: requests with a lower number are served earlier, equal ones in order of arrival.
         finish_reason: None while it waits or runs.
+        error: why the request failed, the same in all its samples; None unless it did. Samples that had not finished
+            by then end with finish_reason "error".
         stop_reason: see `CompletionOutput`.
-        preemptions: how often it had to give its slot back.
+        preemptions: how often it had to give its slot back for lack of memory.
+        suspect: a pass that it was in has failed: it is computed alone until its next token.
         text: None where nobody has asked for it yet.
         adjuster: what changes its logits, or None.
         logprobs: one for each output token, where asked for.
@@ -44,14 +49,18 @@ class Request:
     seed: int
     sample: int = 0
     ends: frozenset[int] = frozenset()
+    number: int = 0
+    priority: int = 0
     family: list[Request] = field(default_factory=list)
     unbranched: bool = False
     output_token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
     finish_reason: FinishReason | None = None
+    error: BaseException | None = None
     stop_reason: int | str | None = None
     preemptions: int = 0
+    suspect: bool = False
     text: GeneratedText | None = None
     adjuster: Adjuster | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)

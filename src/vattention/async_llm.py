@@ -1,0 +1,226 @@
+"""The front door for asyncio: outputs as they come, for as many readers as there are."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from vattention.cache import CacheStats
+from vattention.engine.chat import Message
+from vattention.engine.loop import EngineLoop
+from vattention.engine.opening import LLMOptions, Model, open_engine
+from vattention.engine.outputs import RequestOutput
+from vattention.engine.prompts import Prompt, TokenizedPrompt, tokenize, tokenize_chat
+from vattention.engine.sampling_params import SamplingParams
+
+
+class AsyncLLM:
+    """A model that serves many readers at once, its KV cache in virtual memory.
+
+    >>> async with AsyncLLM(kv_cache_memory="512MiB") as llm:
+    ...     async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=64)):
+    ...         print(output.outputs[0].text)  # all of it so far
+
+    The engine computes in a thread of its own and no event loop waits for it. It belongs to no event loop: any number
+    of them, in any threads, one after the other or at the same time, may use one AsyncLLM. Opening it takes as long as
+    loading the model does; inside an event loop, `await asyncio.to_thread(AsyncLLM, model)` keeps the others going.
+
+    One that is dropped without `close` ends its thread and gives its memory back when it is collected. After `os.fork`
+    the child cannot use it.
+
+    Args:
+        model, options: as those of `LLM`. Errors too.
+    """
+
+    def __init__(self, model: Model = None, **options: Unpack[LLMOptions]) -> None:
+        opened = open_engine(model, **options)
+        try:
+            self._loop = EngineLoop(opened.engine)
+        except BaseException:
+            opened.cache.close()
+            raise
+        self._engine = opened.engine
+        self._cache = opened.cache
+        self._tokenizer = opened.loaded.tokenizer
+        self._close_once = threading.Lock()
+        # Collection may happen in any thread at any moment, so it does not wait: the cache goes with the thread.
+        self._dropped = weakref.finalize(self, self._loop.stop)
+        self._dropped.atexit = False  # the loop sees to that itself
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer of transformers, or None for a model that came without."""
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Continue a prompt: outputs as they come, each with everything so far, the last one `finished`.
+
+        The request is handed in when the first output is asked for. A reader that is slower than the engine gets the
+        newest output, not all of them. Closing the generator, leaving the loop over it or cancelling the task that
+        reads it aborts the request; where it may live on in a variable, close it: `contextlib.aclosing`.
+
+        Args:
+            prompt: see `Prompt`.
+            sampling_params: None for the defaults.
+            request_id: a name that no unfinished request has; None: a new one.
+            priority: lower numbers are served earlier, equal ones in order of arrival.
+
+        Raises:
+            TypeError, InvalidRequest: a prompt or parameters that cannot be served, a name that is in use, or this
+                AsyncLLM is closed.
+            EngineError: the engine failed with this request in it, or was closed, or has stopped for good.
+            OutOfPages, or what else the engine raises for this request alone.
+        """
+        return self._outputs(partial(tokenize, self._tokenizer, prompt), sampling_params, request_id, priority)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **template_options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation, put into the model's chat template: `generate` with the arguments of `LLM.chat`.
+
+        Args:
+            messages: a sequence of `{"role": ..., "content": ...}`.
+            sampling_params, request_id, priority: as in `generate`.
+            chat_template: in place of the tokenizer's own.
+            add_generation_prompt: begin the answer.
+            template_options: what else the template knows, such as `tools`.
+
+        Raises: as `generate`; InvalidRequest where there is no chat template, or it refuses the messages.
+        """
+        make = partial(
+            tokenize_chat,
+            self._tokenizer,
+            messages,
+            template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **template_options,
+        )
+        return self._outputs(make, sampling_params, request_id, priority)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request by its name. Its reader gets a last output, with finish_reason "abort".
+
+        Returns:
+            Whether the engine had a request of that name, not ended.
+
+        Raises:
+            InvalidRequest: closed. EngineError: the engine has stopped.
+        """
+        return await asyncio.wrap_future(self._loop.abort_id(request_id))
+
+    async def warmup(self) -> None:
+        """Return when every path that is made ready on first use is ready.
+
+        Raises:
+            InvalidRequest: requests are under way, or closed.
+        """
+        await asyncio.wrap_future(self._loop.call(self._engine.warmup))
+
+    def stats(self) -> CacheStats:
+        """Bytes, pages and driver calls of the KV cache. Raises InvalidRequest once closed."""
+        return self._cache.stats()
+
+    def close(self) -> None:
+        """End every request with an EngineError for its reader, and give the memory of the KV cache back. Idempotent.
+
+        Waits for the forward pass under way: `async with` does that without holding up the event loop. Anything but
+        `close` raises InvalidRequest afterwards.
+        """
+        self._dropped.detach()
+        self._loop.close()
+        with self._close_once:
+            self._cache.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def _outputs(
+        self,
+        make: Callable[[], TokenizedPrompt],
+        sampling_params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        params = SamplingParams() if sampling_params is None else sampling_params
+        # In a thread, as a long prompt takes long and the check may have to wait for pages that are being mapped.
+        prompt = await asyncio.to_thread(self._prepare, make, params)
+        mailbox = _Mailbox()
+        ticket = self._loop.submit(
+            prompt.token_ids, params, mailbox.put, request_id=request_id, priority=priority, prompt=prompt.text
+        )
+        try:
+            while True:
+                output = await mailbox.get()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._loop.abort(ticket)
+
+    def _prepare(self, make: Callable[[], TokenizedPrompt], params: SamplingParams) -> TokenizedPrompt:
+        text, token_ids = make()
+        return TokenizedPrompt(text, self._engine.check(token_ids, params))
+
+
+class _Mailbox:
+    """From the engine's thread to one reader in the event loop that is running now. Holds the newest news only."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news: deque[RequestOutput | BaseException] = deque(maxlen=1)
+        self._ready = asyncio.Event()
+        self._ringing = False
+
+    def put(self, news: RequestOutput | BaseException) -> bool:
+        """Replace the news. False when there is nobody left to read them."""
+        self._news.append(news)
+        if self._ringing:  # one call a reader waits in the event loop at most, however long that is busy
+            return not self._loop.is_closed()
+        self._ringing = True
+        try:
+            self._loop.call_soon_threadsafe(self._ring)
+        except RuntimeError:
+            if self._loop.is_closed():
+                return False
+            raise
+        return True
+
+    async def get(self) -> RequestOutput:
+        """Wait for news. Raises them if they are an error."""
+        while not self._news:
+            self._ready.clear()
+            await self._ready.wait()
+        news = self._news.pop()
+        if isinstance(news, BaseException):
+            raise news
+        return news
+
+    def _ring(self) -> None:
+        self._ringing = False  # before the reader looks: news that come now are seen, later ones ring again
+        self._ready.set()

@@ -1,0 +1,75 @@
+"""From what people write to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vattention.engine.sampling_params import SamplingParams
+from vattention.errors import ConfigError, InvalidRequest
+
+
+def text_ids(tokenizer: Any | None, text: object, *, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a text.
+
+    Raises:
+        InvalidRequest: no text, one that is not Unicode, or no tokenizer.
+    """
+    if tokenizer is None:
+        raise InvalidRequest("this model came without a tokenizer: pass prompt_token_ids")
+    if not isinstance(text, str):
+        raise InvalidRequest(f"a prompt is a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise InvalidRequest(f"the text is not Unicode: {error.reason} at character {error.start}") from None
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    return ids
+
+
+def chat_ids(tokenizer: Any | None, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The token ids of a conversation in the model's chat template, up to where the answer begins.
+
+    Raises:
+        InvalidRequest: no template, or one that refuses the messages.
+    """
+    from vattention.engine.chat import chat_text
+
+    try:
+        text = chat_text(tokenizer, messages)
+    except TypeError as error:
+        raise InvalidRequest(str(error)) from None
+    return text_ids(tokenizer, text, add_special_tokens=False)  # the template has written its own
+
+
+def has_template(tokenizer: Any | None) -> bool:
+    """Whether there is a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def check_template(tokenizer: Any | None) -> None:
+    """Raises ConfigError where chatting is impossible."""
+    if tokenizer is None:
+        raise ConfigError("this model came without a tokenizer: a conversation needs one with a chat template")
+    if not has_template(tokenizer):
+        raise ConfigError("this model has no chat template: use `vattention generate`, which does without")
+
+
+def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
+    """The parameters of these names, from values as JSON has them.
+
+    Raises:
+        InvalidRequest: a value of the wrong type or out of range.
+    """
+    values = dict(values)
+    bias = values.get("logit_bias")
+    if isinstance(bias, Mapping):
+        # The names of a JSON object are strings.
+        try:
+            values["logit_bias"] = {int(token): value for token, value in bias.items()}
+        except ValueError:
+            raise InvalidRequest("logit_bias maps token ids to numbers: its names must be whole numbers") from None
+    try:
+        return SamplingParams(**values)
+    except TypeError as error:
+        raise InvalidRequest(str(error)) from None

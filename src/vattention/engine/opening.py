@@ -1,0 +1,190 @@
+"""From the options of `LLM` and `AsyncLLM` to an engine that is ready: a model, its cache, one line about memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+from vattention.cache import KVCache, KVLayout
+from vattention.engine.engine import Engine
+from vattention.engine.loading import LoadedModel, load_model, parse_dtype
+from vattention.engine.runner import Runner
+from vattention.engine.sampling_params import whole
+from vattention.errors import ConfigError, InvalidRequest
+from vattention.memory.limits import memory_headroom
+from vattention.memory.sizes import format_size, parse_size
+
+_DEFAULT_SEQS = 16
+"""Requests computed at once."""
+
+_DEFAULT_BATCHED_TOKENS = 512
+"""Rows of a pass on a CPU: enough to keep matrix products efficient, few enough that decodes are not held up long."""
+
+_DEFAULT_MEMORY_SHARE = 2
+"""The default KV budget is the memory left after the weights, divided by this. Pages come on demand: a budget that is
+not used costs nothing, and half leaves room for activations and for other processes."""
+
+Model = str | os.PathLike[str] | LoadedModel | None
+"""A directory, a .gguf file, a hub id, None for the demo model, or a `LoadedModel` to share weights."""
+
+
+class LLMOptions(TypedDict, total=False):
+    """The options of `LLM` and `AsyncLLM`, for type checkers: meanings are in `LLM`, defaults in `open_engine`."""
+
+    dtype: str | torch.dtype
+    device: str
+    max_model_len: int | None
+    max_num_seqs: int | None
+    kv_cache_memory: int | str | None
+    page_size: int | str | None
+    cache: str
+    enable_prefix_caching: bool
+    compile: bool
+    seed: int
+    trust_remote_code: bool
+    max_num_batched_tokens: int | None
+    head_major: bool
+    layers_per_stream: int | None
+    kv_together: bool
+    guard: bool
+    poison: bool
+
+
+@dataclass(frozen=True, eq=False)
+class OpenEngine:
+    """An engine, and what its owner has to close: the cache."""
+
+    loaded: LoadedModel
+    cache: KVCache
+    engine: Engine
+
+
+def open_engine(
+    model: Model = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    kv_cache_memory: int | str | None = None,
+    page_size: int | str | None = None,
+    cache: str = "virtual",
+    enable_prefix_caching: bool = False,
+    compile: bool = False,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    max_num_batched_tokens: int | None = None,
+    head_major: bool = False,
+    layers_per_stream: int | None = 1,
+    kv_together: bool = False,
+    guard: bool = False,
+    poison: bool = False,
+) -> OpenEngine:
+    """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
+    _refuse_what_is_not_built(device, cache, enable_prefix_caching, compile)
+    with _as_config_errors():
+        seed = whole("seed", seed, at_least=0, below=2**64)
+        if max_model_len is not None:
+            max_model_len = whole("max_model_len", max_model_len, at_least=2)
+        rows = max_num_batched_tokens
+        if rows is not None:
+            rows = whole("max_num_batched_tokens", rows, at_least=1)
+        if max_num_seqs is None:  # each of them must get a row
+            max_num_seqs = _DEFAULT_SEQS if rows is None else min(_DEFAULT_SEQS, rows)
+        max_num_seqs = whole("max_num_seqs", max_num_seqs, at_least=1)
+        if rows is None:
+            rows = max(_DEFAULT_BATCHED_TOKENS, max_num_seqs)
+    budget = None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
+    page = None if page_size is None else parse_size(page_size, "page_size")
+
+    if isinstance(model, LoadedModel):
+        loaded = model
+        if parse_dtype(dtype) not in (None, loaded.dtype):
+            raise ConfigError(f"the model was loaded in {loaded.dtype}, not {dtype}")
+    else:
+        loaded = load_model(model, dtype=dtype, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
+    shape = loaded.geometry
+    layout = shape.layout(
+        loaded.dtype,
+        max_num_seqs,
+        shape.longest_request(max_model_len),
+        head_major=head_major,
+        layers_per_stream=layers_per_stream,
+        kv_together=kv_together,
+    )
+    if budget is None:
+        budget = _default_budget(layout)
+    kv_cache = KVCache(layout, memory=budget, page_size=page, guard=guard, poison=poison)
+    try:
+        engine = Engine(
+            Runner(loaded.model, kv_cache),
+            kv_cache,
+            vocab_size=shape.vocab_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=rows,
+            max_model_len=layout.max_model_len,
+            eos_token_ids=loaded.eos_token_ids,
+            seed=seed,
+            tokenizer=loaded.tokenizer,
+        )
+        _announce(loaded, kv_cache, budget)
+    except BaseException:
+        kv_cache.close()
+        raise
+    return OpenEngine(loaded, kv_cache, engine)
+
+
+def _announce(loaded: LoadedModel, cache: KVCache, budget: int) -> None:
+    """One line about memory on stderr, and a warning where the longest request does not fit."""
+    layout, capacity, stats = cache.layout, cache.capacity(), cache.stats()
+    sys.stderr.write(
+        f"vattention: {format_size(loaded.weight_bytes)} of weights"
+        f" ({str(loaded.dtype).removeprefix('torch.')}{_origin(loaded)});"
+        f" KV cache: {format_size(stats.reserved)} reserved for {layout.max_num_seqs} x {layout.max_model_len}"
+        f" tokens, {format_size(budget)} physical budget, {capacity} tokens fit\n"
+    )
+    if layout.max_model_len > capacity:
+        warnings.warn(
+            f"max_model_len={layout.max_model_len} is more than the KV budget holds ({capacity} tokens): a request"
+            ' that outgrows it ends with finish_reason "length"; raise kv_cache_memory or lower max_model_len',
+            stacklevel=4,  # whoever makes the LLM
+        )
+
+
+def _origin(loaded: LoadedModel) -> str:
+    """That the weights were quantised, and what keeping them dequantised costs."""
+    size = loaded.dequantised_from
+    return "" if size is None else f", dequantised from {format_size(size)}"
+
+
+def _default_budget(layout: KVLayout) -> int:
+    """Physical bytes for the KV cache where the caller names none."""
+    headroom = memory_headroom()
+    return layout.size if headroom is None else max(1, min(layout.size, headroom // _DEFAULT_MEMORY_SHARE))
+
+
+def _refuse_what_is_not_built(device: str, cache: str, enable_prefix_caching: bool, compile: bool) -> None:
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f'device={device!r} is not built yet: use "cpu"')
+    if cache != "virtual":
+        raise ConfigError(f'cache={cache!r} is not built yet: use "virtual"')
+    if enable_prefix_caching:
+        raise ConfigError("enable_prefix_caching is not built yet: leave it off")
+    if compile:
+        raise ConfigError("compile is not built yet: leave it off")
+
+
+@contextmanager
+def _as_config_errors() -> Iterator[None]:
+    """An option out of range is a matter of configuration, not of a request."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise ConfigError(str(error)) from None
