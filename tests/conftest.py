@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from support import emulated_cuda
+from support import drivers, emulated_cuda
 
 torch.set_num_threads(1)  # tiny operations on two busy cores are several times slower with two threads
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.keywords and not TEST_ALL:
             item.add_marker(skip_slow)
-        if "gpu" in item.keywords and not emulated_cuda.ACTIVE and not _cuda_available():
+        if "gpu" in item.keywords and not drivers.EMULATED and not _cuda_available():
             item.add_marker(skip_gpu)
 
 
@@ -47,7 +47,7 @@ def _cuda_available() -> bool:
 def _a_device_that_works() -> Iterator[None]:
     """On the emulated device, no failure that one test planned reaches the next."""
     yield
-    if emulated_cuda.ACTIVE:
+    if drivers.EMULATED:
         emulated_cuda.load().repair()
 
 

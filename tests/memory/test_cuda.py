@@ -225,6 +225,25 @@ def test_a_replacement_that_fails_puts_the_old_page_back(reservation, call):
     assert reservation.pool.stats()[2:] == (2, 3, 0)
 
 
+def test_the_driver_itself_puts_back_what_it_could_not_replace(driver):
+    address = driver.reserve(4 * PAGE)
+    old, new = [driver.create(PAGE) for _ in range(3)], [driver.create(PAGE) for _ in range(3)]
+    driver.map(address, old[0], 3 * PAGE)
+    driver.set_access(address, 3 * PAGE, Access.READ_WRITE)
+    memory = driver.tensor(address, (3, PAGE), (PAGE, 1), torch.uint8)
+    memory.fill_(1)
+    before = emulation.mappings(address, 4 * PAGE)
+    for at in (1, 2, 3):
+        emulation.fail("cuMemMap", UNKNOWN, at=at)
+        with pytest.raises(DriverError, match="cuMemMap"):
+            driver.map(address, new[0], 3 * PAGE)
+        assert emulation.mappings(address, 4 * PAGE) == before
+        assert bool((memory == 1).all())
+    driver.unmap(address, 4 * PAGE)
+    del memory
+    driver.free(address, 4 * PAGE)
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_after_an_unmap_that_failed_the_device_is_asked_what_is_mapped(reservation, after):
     reservation.map(0, reservation.pool.take(2))
@@ -641,6 +660,7 @@ def test_what_is_trimmed_is_not_created_again(driver):
     held = pool.take(1)
     assert settled(pool, 6)
     assert pool.trim() == 6 * PAGE
+    assert not pool.create_ahead(6), "not even by a thread that was about to"
     time.sleep(0.05)
     assert pool.stats().created == 1
     pool.drop(held)
