@@ -64,7 +64,7 @@ def card() -> dict[str, object]:
 
 def run_tests(out: Path) -> tuple[bool, str]:
     """The tests marked gpu, in a process of their own, because a failing one may take its CUDA context with it."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "--tb=short", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "--tb=short", "-p", "no:cacheprovider", "tests/gpu"]
     log = out / "tests.txt"
     with log.open("w") as file:
         try:

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,12 @@ def reservation(driver):
 
 def bytes_of(reservation: Reservation, page: int, pages: int = 1) -> torch.Tensor:
     return reservation.tensor(page * PAGE, (pages * PAGE,), (1,), torch.uint8)
+
+
+def bytes_of_host(reservation: Reservation, page: int) -> torch.Tensor:
+    """The same, for a driver that believes its tensors to be elsewhere."""
+    storage = reservation.pool.driver._range(reservation.address).storage
+    return torch.empty(0, dtype=torch.uint8).set_(storage, page * PAGE, (PAGE,), (1,))
 
 
 def api():
@@ -525,13 +532,30 @@ def test_only_named_streams_are_waited_for(driver, reservation):
     submit(theirs, bytes_of(reservation, 1), 2)
     emulation.clear_log()
     reservation.unmap(3, 1)
-    assert emulation.log() == ["cuStreamIsCapturing", "cuEventRecord", "cuEventSynchronize", "cuMemUnmap"]
+    waiting = ["cuStreamIsCapturing", "cuEventCreate", "cuEventRecord", "cuEventSynchronize"]
+    assert emulation.log() == [*waiting, "cuMemUnmap"]
     assert bytes_of(reservation, 0)[0] == 1
     assert bytes_of(reservation, 1)[0] == 0xFF
     driver.unwatch(ours)
     driver.unwatch(ours)
     driver.fence()
     assert bytes_of(reservation, 1)[0] == 2
+
+
+def test_the_callers_own_stream_is_waited_for_too(driver, reservation, monkeypatch):
+    """It is where copies inside the cache run. Once no stream is named any more, everything is waited for again."""
+    reservation.map(0, reservation.pool.take(4))
+    named, own, other = new_stream(), new_stream(), new_stream()
+    monkeypatch.setattr(driver, "_tensor_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=own))
+    driver.watch(named)
+    for page, stream in enumerate((named, own, other)):
+        submit(stream, bytes_of_host(reservation, page), page + 1)
+    driver.fence()
+    assert [bytes_of_host(reservation, page)[0].item() for page in range(3)] == [1, 2, 0xFF]
+    driver.unwatch(named)
+    driver.fence()
+    assert bytes_of_host(reservation, 2)[0] == 3
 
 
 def test_the_emulation_sees_an_unmap_without_a_fence(driver, reservation, monkeypatch):
@@ -699,6 +723,7 @@ def test_closing_again_goes_on_where_it_failed(driver):
     driver.create(PAGE)
     driver.create(PAGE)
     driver.watch(new_stream())
+    driver.fence()
     for call in ("cuMemRelease", "cuEventDestroy"):
         emulation.fail(call, UNKNOWN)
         with pytest.raises(DriverError, match=call):

@@ -35,7 +35,12 @@ DRIVER = [
     *("-m", "gpu or not gpu"),
 ]
 FAULTS = ["tests/cache/test_faults.py", "-k", "own and calls"]
-EVERYTHING = ["tests/cache", "tests/memory/test_pool_property.py", "tests/memory/test_reservation.py"]
+EVERYTHING = [
+    "tests/cache",
+    "tests/memory/test_pool_property.py",
+    "tests/memory/test_reservation.py",
+    "tests/test_gpu_check.py",
+]
 
 
 def run(arguments: list[str], *, at_least: int, **environment: str) -> None:

@@ -49,15 +49,17 @@ class _Range:
 
 _lingering: list[tuple[CudaDriver, _Range]] = []
 """Ranges that were freed while tensors still lay over them, by driver, which may be closed since."""
+_lingering_lock = threading.RLock()  # addresses that are freed twice may be somebody else's the second time
 
 
 def _let_go() -> None:
     """Free the addresses of ranges whose last tensor is gone. What fails stays, to be tried again the next time."""
-    for driver, range_ in list(_lingering):
-        if not range_.in_use and driver.usable:
-            with suppress(DriverError), driver.on_device():
-                driver.calls("cuMemAddressFree", range_.address, range_.size)
-                _lingering.remove((driver, range_))
+    with _lingering_lock:
+        for driver, range_ in list(_lingering):
+            if not range_.in_use and driver.usable:
+                with suppress(DriverError), driver.on_device():
+                    driver.calls("cuMemAddressFree", range_.address, range_.size)
+                    _lingering.remove((driver, range_))
 
 
 class CudaDriver:
@@ -107,7 +109,8 @@ class CudaDriver:
         self._next = 0  # the number of the next handle
         self._mapped = MappedPieces()
         self._doubtful: set[int] = set()  # addresses of pieces whose unmapping failed: perhaps it has happened
-        self._events: dict[int, Any] = {}  # by stream
+        self._watched: set[int] = set()  # streams
+        self._events: dict[int, Any] = {}  # one for each stream that was ever waited for
         self.closed = False
 
     # -- the device -----------------------------------------------------------------------------------------------
@@ -353,15 +356,14 @@ class CudaDriver:
                 memory has to be named; the caller's current torch stream is waited for in any case.
         """
         with self.on_device(), self._lock:
-            if stream not in self._events:
-                self._events[stream] = self.calls("cuEventCreate", _DISABLE_TIMING)
+            self._watched.add(stream)
 
     def unwatch(self, stream: int) -> None:
         """Wait for what was submitted to `stream`, and no more for the stream. A stream not watched is fine."""
         with self.on_device(), self._lock:
-            if stream in self._events:
+            if stream in self._watched:
                 self._wait([stream])
-                self.calls("cuEventDestroy", self._events.pop(stream))
+                self._watched.remove(stream)
 
     def fence(self) -> None:
         """Wait for everything submitted so far to the watched streams, or, where none is watched, to the device.
@@ -371,19 +373,22 @@ class CudaDriver:
         """
         with self.on_device():
             with self._lock:
-                if self._events and self._tensor_device.type == "cuda":
-                    self.watch(torch.cuda.current_stream(self._tensor_device).cuda_stream)
-                streams = list(self._events)
-            if streams:
-                self._wait(streams)
-            else:
+                streams = set(self._watched)
+            if not streams:
                 self.calls("cuCtxSynchronize")
+                return
+            if self._tensor_device.type == "cuda":
+                streams.add(torch.cuda.current_stream(self._tensor_device).cuda_stream)
+            self._wait(sorted(streams))
 
     def _wait(self, streams: list[int]) -> None:
         idle = self.calls.api.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
         for stream in streams:
             if self.calls("cuStreamIsCapturing", stream) != idle:  # recording an event would make it part of the graph
                 raise self.calls.failure("fence", _STREAM_CAPTURE, "a stream that is being captured")
+            with self._lock:
+                if stream not in self._events:
+                    self._events[stream] = self.calls("cuEventCreate", _DISABLE_TIMING)
             self.calls("cuEventRecord", self._events[stream], stream)
         for stream in streams:
             self.calls("cuEventSynchronize", self._events[stream])
