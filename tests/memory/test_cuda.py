@@ -37,11 +37,11 @@ OUT_OF_MEMORY, INVALID_VALUE, ILLEGAL_ADDRESS, UNKNOWN = 2, 1, 700, 999
 @pytest.fixture(autouse=True)
 def _machine():
     """A device of 256 MiB, which is empty again afterwards."""
-    gc.collect()
     emulation.configure(granularity=PAGE, memory=256 << 20, devices=2)
     emulation.clear_log()
     yield
-    gc.collect()
+    if emulation.allocated():
+        gc.collect()
     left = emulation.allocated()
     emulation.reset()
     emulation.configure(granularity=os.sysconf("SC_PAGESIZE"))
