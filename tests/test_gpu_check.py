@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,4 +58,4 @@ def test_everything_on_the_emulated_device(gpu_check, capsys, tmp_path, monkeypa
     assert record["command"] == f"python scripts/gpu_check.py --seconds 0.05 --out {tmp_path / 'results'}"
     assert gpu_check.main(["--only", "calls", "--seconds", "0", "--out", str(tmp_path / "alone")]) == 0
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {"vmm-calls.json", "vmm.png"}
-    emulated_cuda.load().configure(granularity=4 << 10)
+    emulated_cuda.load().configure(granularity=os.sysconf("SC_PAGESIZE"))

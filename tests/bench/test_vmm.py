@@ -1,6 +1,7 @@
 """The benchmark of CUDA's virtual memory calls, on the emulated device: that it runs, ends, and leaves nothing."""
 
 import json
+import os
 
 import pytest
 
@@ -23,7 +24,7 @@ def driver():
     yield driver
     driver.close()
     assert emulation.allocated() == 0
-    emulation.configure(granularity=4 << 10)
+    emulation.configure(granularity=os.sysconf("SC_PAGESIZE"))
 
 
 @pytest.mark.parametrize("part", vmm.PARTS)
