@@ -12,7 +12,8 @@ from typing import TypedDict
 
 import torch
 
-from vattention.cache import KVCache, KVLayout
+from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
+from vattention.cache.paged import DEFAULT_BLOCK_SIZE
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
@@ -45,6 +46,7 @@ class LLMOptions(TypedDict, total=False):
     kv_cache_memory: int | str | None
     page_size: int | str | None
     cache: str
+    block_size: int | None
     enable_prefix_caching: bool
     compile: bool
     seed: int
@@ -62,7 +64,7 @@ class OpenEngine:
     """An engine, and what its owner has to close: the cache."""
 
     loaded: LoadedModel
-    cache: KVCache
+    cache: Cache
     engine: Engine
 
 
@@ -76,6 +78,7 @@ def open_engine(
     kv_cache_memory: int | str | None = None,
     page_size: int | str | None = None,
     cache: str = "virtual",
+    block_size: int | None = None,
     enable_prefix_caching: bool = False,
     compile: bool = False,
     seed: int = 0,
@@ -88,8 +91,19 @@ def open_engine(
     poison: bool = False,
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
-    _refuse_what_is_not_built(device, cache, enable_prefix_caching, compile)
+    _refuse_what_is_not_built(device, enable_prefix_caching, compile)
+    _check_cache(
+        cache,
+        block_size,
+        page_size=page_size is not None,
+        head_major=head_major,
+        layers_per_stream=layers_per_stream != 1,
+        kv_together=kv_together,
+        guard=guard,
+    )
     with _as_config_errors():
+        if block_size is not None:
+            block_size = whole("block_size", block_size, at_least=1)
         seed = whole("seed", seed, at_least=0, below=2**64)
         if max_model_len is not None:
             max_model_len = whole("max_model_len", max_model_len, at_least=2)
@@ -121,7 +135,11 @@ def open_engine(
     )
     if budget is None:
         budget = _default_budget(layout)
-    kv_cache = KVCache(layout, memory=budget, page_size=page, guard=guard, poison=poison)
+    kv_cache: Cache
+    if cache == "paged":
+        kv_cache = PagedKVCache(layout, memory=budget, block_size=block_size or DEFAULT_BLOCK_SIZE, poison=poison)
+    else:
+        kv_cache = KVCache(layout, memory=budget, page_size=page, guard=guard, poison=poison)
     try:
         engine = Engine(
             Runner(loaded.model, kv_cache),
@@ -141,7 +159,7 @@ def open_engine(
     return OpenEngine(loaded, kv_cache, engine)
 
 
-def _announce(loaded: LoadedModel, cache: KVCache, budget: int) -> None:
+def _announce(loaded: LoadedModel, cache: Cache, budget: int) -> None:
     """One line about memory on stderr, and a warning where the longest request does not fit."""
     layout, capacity, stats = cache.layout, cache.capacity(), cache.stats()
     sys.stderr.write(
@@ -170,15 +188,24 @@ def _default_budget(layout: KVLayout) -> int:
     return layout.size if headroom is None else max(1, min(layout.size, headroom // _DEFAULT_MEMORY_SHARE))
 
 
-def _refuse_what_is_not_built(device: str, cache: str, enable_prefix_caching: bool, compile: bool) -> None:
+def _refuse_what_is_not_built(device: str, enable_prefix_caching: bool, compile: bool) -> None:
     if device not in ("auto", "cpu"):
         raise ConfigError(f'device={device!r} is not built yet: use "cpu"')
-    if cache != "virtual":
-        raise ConfigError(f'cache={cache!r} is not built yet: use "virtual"')
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
     if compile:
         raise ConfigError("compile is not built yet: leave it off")
+
+
+def _check_cache(cache: str, block_size: int | None, **virtual: bool) -> None:
+    """Raises ConfigError for a cache that there is not, or options of the other one; `virtual` says which are given."""
+    if cache not in ("virtual", "paged"):
+        raise ConfigError(f'cache={cache!r}: use "virtual" or "paged"')
+    if cache == "virtual" and block_size is not None:
+        raise ConfigError('block_size is for cache="paged": leave it out, or see page_size')
+    given = [name for name, said in virtual.items() if said]
+    if cache == "paged" and given:
+        raise ConfigError(f'{", ".join(given)} mean nothing to cache="paged": leave them out')
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from vattention.attention import choose
+from vattention.attention import choose, paged
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
-from vattention.cache import KVCache
+from vattention.cache import Cache, PagedKVCache
 from vattention.engine.request import Chunk
 
 
@@ -21,9 +22,11 @@ class Runner:
         kernel: what computes attention.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare) -> None:
+    def __init__(self, model: torch.nn.Module, cache: Cache, *, kernel: Kernel = choose.prepare) -> None:
         self._model = model
-        self._kernel = kernel
+        # Where K and V are in blocks, the kernel computes what is gathered from them.
+        self._table = cache.table if isinstance(cache, PagedKVCache) else None
+        self._kernel = kernel if self._table is None else partial(paged.prepare, table=self._table, inner=kernel)
         # Addresses are fixed for life, so the views are made once.
         self._layers = layer_views(cache)
         self._device = self._layers[0][0].device
@@ -45,7 +48,7 @@ class Runner:
             tokens += chunk.request.tokens(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
             wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
-        batch = AttentionBatch.build(segments, self._layers, self._kernel)
+        batch = AttentionBatch.build(segments, self._layers, self._kernel, table=self._table)
         output = self._model(
             input_ids=torch.tensor([tokens], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
@@ -57,6 +60,6 @@ class Runner:
         return logits
 
 
-def layer_views(cache: KVCache) -> Layers:
+def layer_views(cache: Cache) -> Layers:
     """K and V of every layer, in the shape of that layer."""
     return tuple(cache.layer(layer) for layer in range(cache.layout.num_layers))
