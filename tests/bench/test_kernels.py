@@ -9,7 +9,6 @@ from vattention.attention import cpu_decode
 from vattention.bench import kernels
 from vattention.cli import main
 
-
 PAGED = {"paged, 16", "paged, 256"}
 
 

@@ -118,8 +118,8 @@ def measure(case: Case, *, rounds: int) -> dict[str, list[float]]:
             view[:, : case.length] = torch.randn(case.length, kv_heads, width).to(dtype)
         query = torch.randn(case.requests, q_heads, width).to(dtype).transpose(0, 1)
         read = torch.ones(max(_BYTES, case.bytes) // 4)
-        sides = {name: (side, views) for name, side in _sides(case, query).items()}
-        sides |= _paged_sides(case, query, views)
+        contiguous = {name: (side, views) for name, side in _sides(case, query).items()}
+        sides = {**contiguous, **_paged_sides(case, query, views)}
         for side, own in sides.values():
             side(own[0])  # what is made at first use
         seconds: dict[str, list[float]] = {}
@@ -153,13 +153,13 @@ def _sides(case: Case, query: torch.Tensor) -> dict[str, Callable[[View], object
 
 def _paged_sides(
     case: Case, query: torch.Tensor, views: Sequence[View]
-) -> dict[str, tuple[Callable[[View], object], Sequence[View]]]:
+) -> dict[str, tuple[Callable[[View], object], list[View]]]:
     """The kernel over blocks, with layers of its own."""
     if not cpu_decode.can(query, *views[0], paged=True):
         return {}
     segments = [Segment(number, number, 1, case.length) for number in range(case.requests)]
     features = Features()
-    sides: dict[str, tuple[Callable[[View], object], Sequence[View]]] = {}
+    sides: dict[str, tuple[Callable[[View], object], list[View]]] = {}
     for size in _BLOCK_SIZES:
         columns = -(-case.length // size)
         table = torch.randperm(case.requests * columns, dtype=torch.int32).view(case.requests, columns)
@@ -175,7 +175,7 @@ def _paged_sides(
 
 
 def _in_blocks(case: Case, side: torch.Tensor, table: torch.Tensor, size: int) -> torch.Tensor:
-    """K or V of a layer, `[slots, tokens, heads, width]`, in the blocks of `table`, each of them in the case's layout."""
+    """K or V of a layer, `[slots, tokens, heads, width]`, in the blocks of `table`, each in the layout of the case."""
     _, kv_heads, width = case.heads
     if _LAYOUTS[case.layout]:
         blocks = side.new_empty((table.numel(), kv_heads, size, width)).transpose(1, 2)
