@@ -25,12 +25,3 @@ def test_a_peer_of_its_own(bench: str, peer: str, capsys: pytest.CaptureFixture[
     own = [] if exported is None else ["--peer-model", f"{peer}={exported}"]
     assert main(["bench", bench, MODEL, *SMALL, "--peer", f"{peer}={folder}", *own]) == 0
     assert "DIFFERENT" not in capsys.readouterr().out
-
-
-def test_the_demo_model_is_written_out_for_peers_that_cannot_read_it(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("gguf")
-    options = [*SMALL, "--threads", "1", "--peer", "transformers"]
-    assert main(["bench", "throughput", *options]) == 0
-    captured = capsys.readouterr()
-    assert "as safetensors in bfloat16" in captured.err
-    assert "DIFFERENT" not in captured.out

@@ -3,12 +3,15 @@
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from vattention.bench.contest import ContestOptions, contest
+from vattention.bench.contest import ContestOptions, readable
 from vattention.cli import main
+from vattention.engine.loading import load_model
 
 SMALL = [
     *("--dtype", "float32", "--requests", "3", "--prompt-tokens", "30", "--output-tokens", "4", "--rounds", "2"),
@@ -16,18 +19,23 @@ SMALL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers inherit a mark: others may measure on this machine too."""
+    monkeypatch.setenv("VATTENTION_TEST_MARK", str(os.getpid()))
+
+
 def left_running() -> list[str]:
-    """Command lines of workers."""
+    """Processes with our mark, but for this one: it was not started with it."""
+    mark = f"VATTENTION_TEST_MARK={os.getpid()}".encode()
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if "bench/peers/" in words and f"\0{os.getpid()}\0" not in words:
-                found.append(words)
-    return [words for words in found if "_worker.py" in words]
+        try:
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(entry.name)
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 def test_side_by_side_with_transformers(
@@ -88,7 +96,7 @@ def test_a_trace_ours_alone_and_a_peer_that_differs(
         (["--peer", "openvino=/nowhere"], "/nowhere is no virtual environment"),
         (["--peer-model", "vllm=x"], "add --peer vllm"),
         (["--peer", "transformers", "--peer-model", "transformers=/nowhere"], "no model for transformers at /nowhere"),
-        (["--peer-option", "cache=static"], "no such peer: 'cache'"[:14]),
+        (["--peer-option", "cache=static"], "write NAME.KEY=VALUE"),
         (["--threads", "1000"], "--threads must be 1 to"),
         (["--dtype", "auto"], "name it"),
         (["--rounds", "0"], "rounds must be at least 1"),
@@ -127,9 +135,26 @@ def test_a_peer_whose_environment_lacks_it_is_named(
 
 
 def test_different_conditions_fail(tiny_directory: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ContestOptions(tiny_directory, "float32", threads=1, kv_cache_memory="64MiB", timeout=120)
-    with contest(options, 64) as sides:
-        sides.warm_up(lambda side: side.ask(do="generate", prompts=[[1, 2]], outputs=[2]))
-        assert "float32" in sides.report()
-        assert sides.vocab_size == 128
+    sharing = ["--peer", "transformers-cb", "--peer-option", "transformers-cb.allow_block_sharing=true"]
+    assert main(["bench", "throughput", tiny_directory, *SMALL, *sharing]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "FAIL: different conditions: prefix caching: off and on"
+    assert out.count("DIFFERENT\n") == 1
     assert left_running() == []
+
+
+def test_the_demo_model_is_written_out_for_peers_that_cannot_read_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    options = ContestOptions(None, "bfloat16", {"transformers": None})
+    with readable(options) as folder:
+        assert folder is not None
+        loaded = load_model(folder)
+        assert loaded.dtype == torch.bfloat16
+        original = load_model(None, dtype="bfloat16")
+        for ours, theirs in zip(loaded.model.parameters(), original.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert not Path(folder).exists()
+    with readable(replace(options, peers={})) as name:
+        assert name is None

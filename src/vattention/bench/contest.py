@@ -153,7 +153,7 @@ def contest(options: ContestOptions, longest: int) -> Iterator[Contest]:
     threads = threads_of(options)
     cores = sorted(os.sched_getaffinity(0))[:threads]
     with ExitStack() as stack:
-        model = stack.enter_context(_readable(options))
+        model = stack.enter_context(readable(options))
         sides: dict[str, Side] = {}
         said: dict[str, Any] = {}
         for name in (OURS, *options.peers):
@@ -217,7 +217,7 @@ def threads_of(options: ContestOptions) -> int:
 
 
 @contextmanager
-def _readable(options: ContestOptions) -> Iterator[str | None]:
+def readable(options: ContestOptions) -> Iterator[str | None]:
     """A name of the model that every side can read which has no own one: GGUF is written out as safetensors."""
     needed = set(options.peers) - set(options.peer_models)
     source = find(options.model)
