@@ -45,7 +45,7 @@ def make(tmp_path: Path) -> Make:
     def worker(generate: str = "pass", timeout: float = 30) -> Side:
         script = tmp_path / "worker.py"
         script.write_text(WORKER.format(peers=str(PEERS), generate=generate))
-        environment = environment_for(None, threads=1, preload=None)
+        environment = environment_for(None, threads=1)
         return Side("it", [sys.executable, str(script)], environment, timeout=timeout)
 
     return worker
@@ -124,7 +124,7 @@ def test_a_worker_ends_with_whoever_started_it(make: Make, tmp_path: Path) -> No
 import os, signal, sys
 from vattention.bench.side import Side, environment_for
 command = [sys.executable, {str(tmp_path / "worker.py")!r}]
-side = Side("it", command, environment_for(None, threads=1, preload=None), timeout=30)
+side = Side("it", command, environment_for(None, threads=1), timeout=30)
 side.ask(do="start", options={{}})
 print(side.session, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -147,12 +147,21 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
 
 def test_another_environment_does_not_get_our_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    ours = environment_for(None, threads=3, preload=None)
-    theirs = environment_for("/env/bin/python", threads=3, preload="/lib/libx.so")
+    ours = environment_for(None, threads=3)
+    theirs = environment_for("/env/bin/python", threads=3, preload="/lib/libx.so", wait_policy="passive")
     assert ours["PYTHONPATH"] == "/somewhere"
     assert "PYTHONPATH" not in theirs
     assert theirs["OMP_NUM_THREADS"] == ours["OMP_NUM_THREADS"] == "3"
     assert theirs["LD_PRELOAD"] == "/lib/libx.so"
+    assert theirs["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_variables_are_those_that_processes_started_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VATTENTION_TEST_VARIABLE", "x=y")
+    with make() as side:
+        side.ask(do="start", options={})
+        assert processes.variables(side.session, "VATTENTION_TEST_VARIABLE") == ["x=y"]
+        assert processes.variables(side.session, "VATTENTION_TEST") == [""]
 
 
 def test_cores_are_those_allowed(make: Make) -> None:

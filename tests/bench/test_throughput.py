@@ -42,13 +42,13 @@ def test_side_by_side_with_transformers(
     tiny_directory: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     json_, plot = tmp_path / "r.json", tmp_path / "r.png"
-    more = ["--peer", "transformers", "--at-least", "decode=0.0001", "--json", str(json_)]
+    more = ["--peer", "transformers", "--at-least", "decode=0.0001", "--wait-policy", "passive", "--json", str(json_)]
     pytest.importorskip("matplotlib")
     assert main(["bench", "throughput", tiny_directory, *SMALL, *more, "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
     assert "PASS: decode at least 0.0001" in out
     assert "DIFFERENT" not in out
-    assert out.count(" same\n") == 7
+    assert out.count(" same\n") == 8
     assert plot.read_bytes().startswith(b"\x89PNG")
     result = json.loads(json_.read_text())
     sides = result["conditions"]["sides"]
@@ -98,6 +98,7 @@ def test_a_trace_ours_alone_and_a_peer_that_differs(
         (["--peer", "transformers", "--peer-model", "transformers=/nowhere"], "no model for transformers at /nowhere"),
         (["--peer-option", "cache=static"], "write NAME.KEY=VALUE"),
         (["--threads", "1000"], "--threads must be 1 to"),
+        (["--wait-policy", "patient"], "active or passive"),
         (["--dtype", "auto"], "name it"),
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--at-least", "decode=2"], "name a --peer"),

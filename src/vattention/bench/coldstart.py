@@ -65,7 +65,7 @@ def run(options: ColdstartBench) -> int:
         ],
         "transformers": [sys.executable, str(_SCRIPT), source.name, source.gguf_file or "", name, options.prompt],
     }
-    environment = environment_for(None, threads=threads, preload=None)
+    environment = environment_for(None, threads=threads)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(options.rounds + 1):
         for side in sides if number % 2 else reversed(sides):

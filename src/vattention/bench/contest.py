@@ -63,6 +63,7 @@ class ContestOptions:
         max_num_seqs: requests in a pass.
         max_num_batched_tokens: tokens in a pass; None: as each engine likes it.
         preload: libraries to preload into every side, as LD_PRELOAD takes them.
+        wait_policy: OMP_WAIT_POLICY of every side; None: as it is here.
         timeout: seconds for any single answer; a start is one, with all its compilation.
         ours: more options of `LLM`.
     """
@@ -78,6 +79,7 @@ class ContestOptions:
     kv_cache_memory: str = "4GiB"
     enable_prefix_caching: bool = False
     preload: str | None = None
+    wait_policy: str | None = None
     timeout: float = 900
     ours: Mapping[str, Any] = field(default_factory=dict)
 
@@ -160,7 +162,9 @@ def contest(options: ContestOptions, longest: int) -> Iterator[Contest]:
             folder = options.peers.get(name)
             python = None if folder is None else python_in(folder)
             worker = "ours_worker.py" if name == OURS else PEERS[name].worker
-            environment = environment_for(python, threads=threads, preload=options.preload)
+            environment = environment_for(
+                python, threads=threads, preload=options.preload, wait_policy=options.wait_policy
+            )
             command = [python or sys.executable, str(_WORKERS / worker)]
             side = Side(name, command, environment, cores=cores, timeout=options.timeout)
             sides[name] = stack.enter_context(side)
@@ -207,6 +211,8 @@ def check(options: ContestOptions) -> None:
     cores = len(os.sched_getaffinity(0))
     if not 1 <= threads_of(options) <= cores:
         raise ConfigError(f"--threads must be 1 to {cores}, the cores that this process may use")
+    if options.wait_policy not in (None, "active", "passive"):
+        raise ConfigError("--wait-policy is active or passive")
     if options.max_num_seqs < 1 or options.timeout <= 0:
         raise ConfigError("max_num_seqs and timeout must be positive")
 

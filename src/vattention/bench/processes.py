@@ -52,6 +52,19 @@ def libraries(session: int) -> tuple[list[str], list[str]]:
     return sorted(found - allocators), sorted(allocators)
 
 
+def variables(session: int, name: str) -> list[str]:
+    """The values that an environment variable had when processes of a session started; "" where it was not set."""
+    found: set[str] = set()
+    for pid in members(session):
+        try:
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        values = [word.partition(b"=")[2].decode() for word in words if word.startswith(f"{name}=".encode())]
+        found.add(values[0] if values else "")
+    return sorted(found)
+
+
 def _stats() -> list[tuple[int, list[str]]]:
     """Each process with the fields of its stat file from the state on: state, parent, group, session, ..."""
     found = []

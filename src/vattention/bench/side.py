@@ -170,8 +170,11 @@ class Side:
         return f"; its last words: {_short(' | '.join(lines[-4:]))}" if lines else ""
 
 
-def environment_for(python: str | None, *, threads: int, preload: str | None) -> dict[str, str]:
-    """The environment of a worker: this one, with the threads and the preloaded libraries that every side gets.
+def environment_for(
+    python: str | None, *, threads: int, preload: str | None = None, wait_policy: str | None = None
+) -> dict[str, str]:
+    """The environment of a worker: this one, with the threads, the preloaded libraries and the OMP_WAIT_POLICY that
+    every side gets.
 
     Args:
         python: of another environment; None: this one's, which may need `PYTHONPATH`.
@@ -183,6 +186,8 @@ def environment_for(python: str | None, *, threads: int, preload: str | None) ->
     variables |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if preload is not None:
         variables["LD_PRELOAD"] = preload
+    if wait_policy is not None:
+        variables["OMP_WAIT_POLICY"] = wait_policy
     return variables
 
 

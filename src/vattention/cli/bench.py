@@ -109,6 +109,7 @@ def _add_contest(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="of each side (a core each)")
     add("--seed", type=int, metavar="N", help="of the prompts (0)")
     add("--preload", metavar="LIB", help="LD_PRELOAD of every side, such as the path of libtcmalloc")
+    add("--wait-policy", metavar="NAME", help="OMP_WAIT_POLICY of every side, active or passive (as it is)")
     add("--timeout", type=float, metavar="S", help="seconds for any answer of a side, its start included (900)")
     add("--max-num-seqs", type=int, metavar="N", help="requests computed at once, on every side (64)")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a pass, on every side (each side's own)")
