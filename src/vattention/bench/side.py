@@ -135,7 +135,7 @@ class Side:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(at_once=error is not None)
+        self.close()  # by asking even after an error elsewhere: who is killed leaves shared memory behind
 
     def _line(self, doing: str, deadline: float) -> bytes:
         """The next line it writes."""
