@@ -4,7 +4,7 @@ import pytest
 
 from vattention.bench.conditions import Conditions, differences, rows
 
-ONE = Conditions("a", "1", ("bfloat16",), ("bfloat16",), 2, False, 64, 512, "no", ("gomp",), (), (), ("",), 1)
+ONE = Conditions("a", "1", ("bfloat16",), ("bfloat16",), 2, False, 64, 512, "no", ("gomp",), (), (), "", 1)
 
 
 def test_nothing_differs_from_itself() -> None:
@@ -23,7 +23,7 @@ def test_nothing_differs_from_itself() -> None:
         ({"prefix_caching": True}, "prefix caching: off and on"),
         ({"max_num_seqs": 16}, "requests in a pass: 64 and 16"),
         ({"allocators": ("tcmalloc",)}, "allocator: libc's and tcmalloc"),
-        ({"wait_policy": ("passive",)}, "OpenMP threads wait: by default and passive"),
+        ({"wait_policy": "passive"}, "OpenMP threads wait: by default and passive"),
         ({"warm": 0}, "warm-up rounds: 1 and 0"),
     ],
 )

@@ -57,6 +57,9 @@ def test_side_by_side_with_transformers(
         assert sides[name]["threads"] == 1
         assert sides[name]["threading"]
     assert result["conditions"]["stopped_sides_cpu_seconds"] < 0.1
+    for name in ("vattention", "transformers"):
+        assert all(share > 0 for share in result["conditions"]["cores_busy"][name])
+        assert all(0 <= share <= (os.cpu_count() or 1) for share in result["conditions"]["cores_taken_by_others"][name])
     (case,) = result["rounds"]
     assert case["requests"] == [[30, 4]] * 3
     assert [len(case["sides"][name]) for name in ("vattention", "transformers")] == [2, 2]

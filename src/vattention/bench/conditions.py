@@ -25,8 +25,8 @@ class Conditions:
         compiled: in its own words.
         threading: the threading layers that its processes have loaded.
         allocators: of those, the allocators other than libc's.
-        preloaded: libraries that LD_PRELOAD names in its processes.
-        wait_policy: OMP_WAIT_POLICY in its processes.
+        preloaded: libraries that LD_PRELOAD names in the process that computes.
+        wait_policy: OMP_WAIT_POLICY there; "" where it is not set.
         warm: whole rounds that were not counted.
         vocab_size: None where it does not say.
     """
@@ -43,7 +43,7 @@ class Conditions:
     threading: tuple[str, ...]
     allocators: tuple[str, ...]
     preloaded: tuple[str, ...]
-    wait_policy: tuple[str, ...]
+    wait_policy: str
     warm: int
     vocab_size: int | None = None
 
@@ -52,8 +52,7 @@ def conditions_of(side: Side, said: Mapping[str, Any], *, warm: int) -> Conditio
     """Conditions from what the side has said at its start, and what the kernel says of it. To be called while it is
     alive and warm, as libraries load late."""
     threading, allocators = processes.libraries(side.session)
-    lists = processes.variables(side.session, "LD_PRELOAD")
-    preloaded = {os.path.basename(path) for paths in lists for path in re.split("[: ]", paths) if path}
+    preloaded = {os.path.basename(path) for path in re.split("[: ]", said["environment"]["LD_PRELOAD"]) if path}
     return Conditions(
         engine=said["engine"],
         version=said["version"],
@@ -67,7 +66,7 @@ def conditions_of(side: Side, said: Mapping[str, Any], *, warm: int) -> Conditio
         threading=tuple(threading),
         allocators=tuple(allocators),
         preloaded=tuple(sorted(preloaded)),
-        wait_policy=tuple(processes.variables(side.session, "OMP_WAIT_POLICY")),
+        wait_policy=said["environment"]["OMP_WAIT_POLICY"],
         warm=warm,
         vocab_size=said.get("vocab_size"),
     )
@@ -104,7 +103,7 @@ def _compared(sides: Sequence[Conditions]) -> list[tuple[str, list[str], bool]]:
         ("requests in a pass", [str(s.max_num_seqs) for s in sides], [s.max_num_seqs for s in sides]),
         ("prefix caching", ["on" if s.prefix_caching else "off" for s in sides], [s.prefix_caching for s in sides]),
         ("allocator", [_list(s.allocators) or "libc's" for s in sides], [s.allocators for s in sides]),
-        ("OpenMP threads wait", [_waiting(s.wait_policy) for s in sides], [s.wait_policy for s in sides]),
+        ("OpenMP threads wait", [s.wait_policy or "by default" for s in sides], [s.wait_policy for s in sides]),
         ("warm-up rounds", [str(s.warm) for s in sides], [s.warm for s in sides]),
     ):
         found.append((name, shown, all(value == compared[0] for value in compared)))
@@ -117,10 +116,6 @@ def _bits(types: Sequence[str]) -> list[str]:
     if not numbers or not all(numbers):
         return list(types)
     return [max((found[0] for found in numbers), key=int)]
-
-
-def _waiting(policies: Sequence[str]) -> str:
-    return _list([policy or "by default" for policy in policies])
 
 
 def _list(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vattention.bench import processes
 from vattention.bench.conditions import Conditions, conditions_of, differences, rows
 from vattention.bench.side import Side, environment_for, python_in
 from vattention.bench.table import table
@@ -100,6 +101,7 @@ class Contest:
         self.vocab_size = min(int(each["vocab_size"]) for each in said.values() if each.get("vocab_size"))
         self._others_seconds = 0.0
         self._busy: dict[str, list[float]] = {name: [] for name in sides}
+        self._taken: dict[str, list[float]] = {name: [] for name in sides}
 
     def warm_up(self, work: Callable[[Side], Any]) -> None:
         """Let every side do `work` once, uncounted, and look at the conditions."""
@@ -120,17 +122,19 @@ class Contest:
                 # A stopped engine finds its caches cold and its clocks low: two tokens that nobody counts.
                 side.ask(do="generate", prompts=[[1, 2, 3, 4]], outputs=[2])
                 idle = sum(other.cpu_seconds() for other in others)
-                used, began = side.cpu_seconds(), time.perf_counter()
+                all_used, used, began = processes.machine_cpu_seconds(), side.cpu_seconds(), time.perf_counter()
                 results[name] = work(side)
-                self._busy[name].append((side.cpu_seconds() - used) / (time.perf_counter() - began))
+                seconds, used = time.perf_counter() - began, side.cpu_seconds() - used
+                self._busy[name].append(used / seconds)
+                self._taken[name].append(max(0.0, processes.machine_cpu_seconds() - all_used - used) / seconds)
                 self._others_seconds += sum(other.cpu_seconds() for other in others) - idle
         return {name: results[name] for name in self.names}
 
     def report(self) -> str:
         """The conditions, as a table; after the last round."""
         body = rows(self.conditions)
-        busy = [sum(shares) / max(1, len(shares)) for shares in self._busy.values()]
-        body.append(("cores busy while at work", *(f"{share:.2f}" for share in busy), ""))
+        for what, shares in (("cores busy while at work", self._busy), ("cores that others took", self._taken)):
+            body.append((what, *(f"{sum(each) / max(1, len(each)):.2f}" for each in shares.values()), ""))
         text = table(("conditions", *self.names, ""), body, left=len(self.names) + 2)
         return f"{text}\nsides not at work are stopped; they used {self._others_seconds:.2f} s of CPU time meanwhile"
 
@@ -140,6 +144,7 @@ class Contest:
             "sides": {name: vars(found) for name, found in zip(self.names, self.conditions, strict=True)},
             "differences": differences(self.conditions),
             "cores_busy": self._busy,
+            "cores_taken_by_others": self._taken,
             "stopped_sides_cpu_seconds": self._others_seconds,
         }
 

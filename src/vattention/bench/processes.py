@@ -23,6 +23,12 @@ def cpu_seconds(session: int) -> float:
     return sum(sum(map(int, fields[11:15])) / _TICKS for _, fields in _stats() if int(fields[3]) == session)
 
 
+def machine_cpu_seconds() -> float:
+    """CPU time that everything on this machine has used since it started; stolen time counts as used."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / _TICKS
+
+
 def send(session: int, number: signal.Signals) -> None:
     """A signal to every process of a session."""
     for pid in members(session):
@@ -50,19 +56,6 @@ def libraries(session: int) -> tuple[list[str], list[str]]:
             continue
     allocators = {name for name in found if name.startswith(_ALLOCATORS)}
     return sorted(found - allocators), sorted(allocators)
-
-
-def variables(session: int, name: str) -> list[str]:
-    """The values that an environment variable had when processes of a session started; "" where it was not set."""
-    found: set[str] = set()
-    for pid in members(session):
-        try:
-            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        values = [word.partition(b"=")[2].decode() for word in words if word.startswith(f"{name}=".encode())]
-        found.add(values[0] if values else "")
-    return sorted(found)
 
 
 def _stats() -> list[tuple[int, list[str]]]:

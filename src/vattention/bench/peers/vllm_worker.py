@@ -21,12 +21,14 @@ def _inside(worker: Any) -> dict[str, Any]:
         "weights": sorted({str(p.dtype) for p in runner.model.parameters()}),
         "kv": sorted({str(t.dtype) for t in tensors}),
         "threads": torch.get_num_threads(),
+        "environment": {name: os.environ.get(name, "") for name in ("OMP_WAIT_POLICY", "LD_PRELOAD")},
     }
 
 
 class _VLLM:
     def __init__(self, options: dict[str, Any]) -> None:
         # All cores for its threads: left to itself it keeps one free, and computes with one thread less than asked.
+        # With this variable set to "auto" it can be seen doing that, and the command says that threads differ.
         cores = sorted(os.sched_getaffinity(0))[: options["threads"]]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -59,10 +61,11 @@ class _VLLM:
             "weights": inside["weights"],
             "kv": inside["kv"],
             "threads": inside["threads"],
+            "environment": inside["environment"],
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
-            "compiled": str(config.compilation_config.mode),
+            "compiled": config.compilation_config.mode.name,
         }
 
     def generate(self, prompts: Sequence[list[int]], outputs: Sequence[int]) -> list[int]:

@@ -51,7 +51,8 @@ def serve(start: Callable[[dict[str, Any]], Engine]) -> None:
             if command["do"] == "start":
                 began = time.perf_counter()
                 engine = start(command["options"])
-                answer = {"conditions": engine.conditions(), "seconds": time.perf_counter() - began}
+                conditions = {"environment": environment(), **engine.conditions()}
+                answer = {"conditions": conditions, "seconds": time.perf_counter() - began}
             elif command["do"] == "generate":
                 began = time.perf_counter()
                 counts = engine.generate(command["prompts"], command["outputs"])
@@ -66,6 +67,12 @@ def serve(start: Callable[[dict[str, Any]], Engine]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     answers.close()
+
+
+def environment() -> dict[str, str]:
+    """What decides about threads and memory before a process begins; of the process that computes, where it is another
+    one the engine has to say so."""
+    return {name: os.environ.get(name, "") for name in ("OMP_WAIT_POLICY", "LD_PRELOAD")}
 
 
 def _take_over() -> tuple[Any, Any]:
