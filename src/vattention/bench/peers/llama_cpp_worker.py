@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import wire  # type: ignore[import-not-found]
 
+_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
+"""ggml's numbers; the binding lacks a name for the last."""
 _FILES = {"0": "float32", "1": "float16", "32": "bfloat16"}
 """What `general.file_type` of a .gguf file says; matrices are of that type, vectors of 32 bits."""
 
@@ -30,9 +32,8 @@ class _LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(options["model"].encode(), file)
         if not self._model:
             raise ValueError(f"cannot load {options['model']}")
-        kinds = {"float32": "GGML_TYPE_F32", "float16": "GGML_TYPE_F16", "bfloat16": "GGML_TYPE_BF16"}
         params = llama_cpp.llama_context_default_params()
-        params.type_k = params.type_v = getattr(llama_cpp, kinds[options["dtype"]])
+        params.type_k = params.type_v = _TYPES[options["dtype"]]
         self._kv = options["dtype"]
         params.n_seq_max = self._sequences
         params.n_ctx = self._sequences * -(-options["max_model_len"] // 256) * 256
