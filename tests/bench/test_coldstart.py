@@ -16,6 +16,7 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(tmp_path_factory.mktemp("chatty"))
 
 
+@pytest.mark.slow
 def test_fresh_processes_of_both(with_tokenizer: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["bench", "coldstart", with_tokenizer, "--rounds", "1", "--threads", "1", "--dtype", "float32"]
     assert main([*command, "--max-ratio", "0.000001", "--json", str(tmp_path / "r.json")]) == 1

@@ -42,10 +42,14 @@ def test_side_by_side_with_transformers(
     tiny_directory: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     json_, plot = tmp_path / "r.json", tmp_path / "r.png"
+    trace = tmp_path / "t.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n900,100\n300,30\n20,5\n")
     more = ["--peer", "transformers", "--at-least", "decode=0.0001", "--wait-policy", "passive", "--json", str(json_)]
+    more += ["--trace", str(trace), "--longest", "100", "--shared-prefix", "8", "--page-size", "4KiB", "--head-major"]
     pytest.importorskip("matplotlib")
     assert main(["bench", "throughput", tiny_directory, *SMALL, *more, "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
+    assert "3 of the trace, up to 100" in out
     assert "PASS: decode at least 0.0001" in out
     assert "DIFFERENT" not in out
     assert out.count(" same\n") == 8
@@ -61,11 +65,12 @@ def test_side_by_side_with_transformers(
         assert all(share > 0 for share in result["conditions"]["cores_busy"][name])
         assert all(0 <= share <= (os.cpu_count() or 1) for share in result["conditions"]["cores_taken_by_others"][name])
     (case,) = result["rounds"]
-    assert case["requests"] == [[30, 4]] * 3
+    assert case["requests"] == [[90, 10], [30, 3], [2, 1]]
+    assert result["settings"]["contest"]["ours"] == {"page_size": "4KiB", "head_major": True}
     assert [len(case["sides"][name]) for name in ("vattention", "transformers")] == [2, 2]
     for line in result["lines"]:
         if line["metric"] == "prefill":
-            rates = [90 / run["prefill"] for run in case["sides"]["vattention"]]
+            rates = [122 / run["prefill"] for run in case["sides"]["vattention"]]
             assert line["values"]["vattention"] == pytest.approx(
                 {"median": sum(rates) / 2, "low": min(rates), "high": max(rates)}
             )
@@ -75,19 +80,6 @@ def test_side_by_side_with_transformers(
             ]
             assert line["ratios"]["transformers"]["median"] == pytest.approx(sum(ratios) / 2)
     assert left_running() == []
-
-
-def test_a_trace_ours_alone_and_a_peer_that_differs(
-    tiny_directory: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    trace = tmp_path / "t.csv"
-    trace.write_text("num_prefill_tokens,num_decode_tokens\n900,100\n300,30\n20,5\n")
-    more = ["--trace", str(trace), "--longest", "100", "--shared-prefix", "8", "--page-size", "4KiB", "--head-major"]
-    assert main(["bench", "throughput", tiny_directory, *SMALL, *more, "--json", str(tmp_path / "r.json")]) == 0
-    assert "3 of the trace, up to 100" in capsys.readouterr().out
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert result["rounds"][0]["requests"] == [[90, 10], [30, 3], [2, 1]]
-    assert result["settings"]["contest"]["ours"] == {"page_size": "4KiB", "head_major": True}
 
 
 @pytest.mark.parametrize(

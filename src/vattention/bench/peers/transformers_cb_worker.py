@@ -76,6 +76,9 @@ class _Continuous:
             times += [time.perf_counter()] * (len(result.generated_tokens) - len(times))
         return times
 
+    def close(self) -> None:
+        self._manager.stop(block=True, timeout=5)
+
 
 if __name__ == "__main__":
     wire.serve(_Continuous)

@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Engine(Protocol):
-    """What a worker has to bring."""
+    """What a worker has to bring; and `close()`, where an engine would not let the process end."""
 
     def conditions(self) -> dict[str, Any]:
         """What the engine says of itself: see `conditions.Conditions` in the folder above for the names."""
@@ -67,6 +67,8 @@ def serve(start: Callable[[dict[str, Any]], Engine]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     answers.close()
+    if hasattr(engine, "close"):
+        engine.close()
 
 
 def environment() -> dict[str, str]:
