@@ -139,6 +139,22 @@ def test_a_fork_shares_full_blocks_and_copies_the_last_one() -> None:
     assert cache.stats().copied == 3 * TOKEN
 
 
+def test_of_two_that_write_into_a_shared_block_one_keeps_it() -> None:
+    cache = open_cache(blocks=3)
+    slot = cache.alloc()
+    assert slot is not None
+    cache.step({slot: 8})
+    fork = cache.fork(slot)
+    assert fork is not None
+    cache.step({slot: 6, fork: 6})
+    assert cache.fits({slot: 7, fork: 7})
+    cache.step({slot: 7, fork: 7})
+    assert cache.stats().pages_free == 0
+    cache.step({slot: 4, fork: 6})
+    with pytest.raises(OutOfPages):
+        cache.step({slot: 9})
+
+
 def test_a_step_is_all_or_nothing() -> None:
     cache = open_cache(blocks=3)
     one, two = cache.alloc(), cache.alloc()
