@@ -9,6 +9,7 @@ import torch
 from vattention.attention import choose
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
 from vattention.cache import KVCache
+from vattention.engine.compiled import CompiledModel
 from vattention.engine.request import Chunk
 
 
@@ -19,10 +20,14 @@ class Runner:
         model: a causal language model of transformers, loaded with `attn_implementation="vattention"`, in eval mode.
         cache: laid out for that model.
         kernel: what computes attention.
+        compile: compile the model in the background, and run compiled as soon as that is done.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare) -> None:
+    def __init__(
+        self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare, compile: bool = False
+    ) -> None:
         self._model = model
+        self._compiled = CompiledModel(model) if compile else None
         self._kernel = kernel
         # Addresses are fixed for life, so the views are made once.
         self._layers = layer_views(cache)
@@ -46,15 +51,22 @@ class Runner:
             positions += range(chunk.start, chunk.end)
             wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
         batch = AttentionBatch.build(segments, self._layers, self._kernel)
-        output = self._model(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
-            **{NAME: batch},
-        )
+        inputs = {
+            "input_ids": torch.tensor([tokens], device=self._device),
+            "position_ids": torch.tensor([positions], device=self._device),
+            "logits_to_keep": torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
+        }
+        if self._compiled is not None and self._compiled.ready:
+            output = self._compiled(batch, **inputs)
+        else:
+            output = self._model(**inputs, use_cache=False, **{NAME: batch})
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def wait(self) -> None:
+        """Return when nothing is being compiled any more."""
+        if self._compiled is not None:
+            self._compiled.wait()
 
 
 def layer_views(cache: KVCache) -> Layers:
