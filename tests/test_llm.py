@@ -447,3 +447,13 @@ def test_a_shared_model_is_judged_again_for_its_window() -> None:
             {"prompt_token_ids": [5]}, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False
         )
         assert len(output.outputs[0].token_ids) == 99
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_small_chunks_need_no_other_option(tiny: LoadedModel, rows: int) -> None:
+    prompts = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (1, 4, 9)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with LLM(tiny) as llm:
+        whole = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    with LLM(tiny, max_num_batched_tokens=rows) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == whole

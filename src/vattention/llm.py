@@ -33,7 +33,7 @@ class LLM:
         device: "auto" or "cpu".
         max_model_len: tokens of the longest request, prompt and output; None: the model's maximum. Only virtual
             memory is reserved for it.
-        max_num_seqs: requests computed at once; 16.
+        max_num_seqs: requests computed at once; None: 16, or max_num_batched_tokens where that is less.
         kv_cache_memory: physical memory for K and V, bytes or a string like "2GiB"; None: half of what is left after
             the weights, or the whole reservation where that is less.
         page_size: bytes or a string, None to let the cache choose.

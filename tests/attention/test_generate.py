@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import vattention.attention
 from support.models import COMMON, OPTIONS, TOLERANCE, loaded, one_pass, prompts_of, relative_error, shared, tiny_model
-from vattention.attention import generate
+from vattention.attention import cpu_decode, generate
 from vattention.engine.architectures import ACCEPTED
 from vattention.errors import UnsupportedModel
 
@@ -243,9 +243,12 @@ def masks(rows: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("features", ["plain", "softcap", "sinks", "narrow-value"])
 @pytest.mark.parametrize("kind", masks(1))
-@pytest.mark.parametrize("rows", [1, 3, 30])
-def test_values(rows: int, kind: str, features: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, "1, without a compiler", 3, 30])
+def test_values(rows: int | str, kind: str, features: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "_ROWS", 8)
+    if isinstance(rows, str):
+        rows = 1
+        monkeypatch.setattr(cpu_decode, "can", lambda query, key, value: False)
     query, key, value = tensors(rows, 7 if features == "narrow-value" else DIM)
     look = masks(rows)[kind]
     softcap = 0.9 if features == "softcap" else None

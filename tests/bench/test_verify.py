@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vattention.attention import sdpa
+from vattention.attention.base import NAME
 from vattention.bench.prompts import make_prompts, spread
 from vattention.bench.reference import Answer, Reference
 from vattention.bench.verify import judge
@@ -202,7 +203,7 @@ def test_the_reference_uses_nothing_of_ours_and_gives_the_model_back(tiny_direct
     assert answer.logits.argmax(dim=-1).tolist() == list(answer.tokens)
     taught = reference.teacher_forced((5, 6, 7), answer.tokens)
     assert torch.allclose(taught, answer.logits, atol=1e-3)
-    assert loaded.model.config._attn_implementation == "vattention"  # type: ignore[union-attr]
+    assert loaded.model.config._attn_implementation == NAME  # type: ignore[union-attr]
 
 
 def test_lengths_are_spread_from_one_to_the_longest() -> None:

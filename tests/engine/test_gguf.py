@@ -12,19 +12,23 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from support.models import tiny_model
-from vattention.engine.gguf import _SURE, read_gguf, read_once
+from vattention.engine.gguf import _SURE, check_rope, read_gguf, read_once
 from vattention.engine.loading import find, load_model
-from vattention.errors import ConfigError
+from vattention.errors import ConfigError, UnsupportedModel
 
 KINDS = (Kind.F32, Kind.F16, Kind.Q8_0, Kind.Q4_1, Kind.Q4_0, Kind.Q5_1)
 SLOW_WAY = "gpt2"
 """An architecture that goes transformers' way: its tensors are transposed."""
 
 
-def write(path: Path, architecture: str, tied: bool = False) -> Path:
-    """A small GGUF file of random tensors of every kind, under the names that gguf has for them."""
+def write(path: Path, architecture: str, tied: bool = False, rope: Any = None, scaling: str | None = None) -> Path:
+    """A small GGUF file of random tensors of every kind, under the names that gguf has for them.
+
+    `rope` are RoPE factors, and `scaling` a kind of scaling, for those that have any.
+    """
     model_type = {"gemma3": "gemma3_text"}.get(architecture, architecture)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
     # What the files of these do not say is what transformers takes for granted.
@@ -40,6 +44,10 @@ def write(path: Path, architecture: str, tied: bool = False) -> Path:
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(model.config.vocab_size)])
     writer.add_uint32("tokenizer.ggml.eos_token_id", 3)
     writer.add_uint32("tokenizer.ggml.padding_token_id", 0)
+    if rope is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(rope, dtype=np.float32))
+    if scaling is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     generator = np.random.default_rng(0)
@@ -100,6 +108,38 @@ def test_nothing_is_printed_and_nothing_read_twice(
     by_transformers(path)
     assert reads, "afterwards transformers has its own reader back"
     assert "de-quantizing" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_factors_of_llama_3_are_not_lost(factor: float, tmp_path: Path) -> None:
+    """transformers alone would leave the tensor out, and compute another model without a word."""
+    wanted = tiny_model("llama", head_dim=16, num_attention_heads=4).config
+    wanted.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](wanted, "cpu")
+    plain = 10000.0 ** -(torch.arange(8) / 8)
+    path = write(tmp_path / "small.gguf", "llama", rope=plain / scaled)
+    file = read_gguf(path)
+    check_rope(file)
+    with read_once(file):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    assert not torch.allclose(plain, scaled)
+    assert torch.allclose(model.model.rotary_emb.inv_freq, scaled, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"rope": [1.0] * 7 + [3.0]}, "RoPE factors that are not those of Llama 3"), ({"scaling": "yarn"}, r"\(yarn\)")],
+)
+def test_rope_that_would_be_lost_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        load_model(write(tmp_path / "small.gguf", "llama", **options))
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from vattention.engine.judge import judge
 from vattention.engine.loading import load_model, parse_dtype
 from vattention.engine.weights import check_safetensors
 from vattention.errors import ConfigError, UnsupportedModel
+from vattention.memory.sizes import format_size
 
 
 @pytest.fixture(scope="module")
@@ -228,15 +229,32 @@ def test_shards_that_are_not_all_there(sharded: Path, damage: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_do_not_fit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = check_safetensors(saved)
+@pytest.mark.parametrize("kind", ["saved", "sharded"])
+def test_weights_that_do_not_fit(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = request.getfixturevalue(kind)
+    numbers = check_safetensors(directory)
     assert numbers is not None
     monkeypatch.setattr(weights, "memory_headroom", lambda: 4 * numbers)
-    load_model(saved, dtype="float32")
+    load_model(directory, dtype="float32")
+    load_model(directory, dtype="bfloat16")
     monkeypatch.setattr(weights, "memory_headroom", lambda: 4 * numbers - 1)
-    with pytest.raises(ConfigError, match="take a smaller model or dtype"):
-        load_model(saved, dtype="float32")
-    load_model(saved, dtype="bfloat16")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)  # refused before it is asked
+    figures = rf"needs {format_size(4 * numbers)} for its weights.*{format_size(4 * numbers - 1)} of memory are left"
+    with pytest.raises(ConfigError, match=f"{figures}.*take a smaller model or dtype"):
+        load_model(directory, dtype="float32")
+
+
+def test_a_model_of_terabytes_is_one_error(sharded: Path) -> None:
+    """With the memory this machine has: shards whose headers promise more, in files that are mostly holes."""
+    for number, path in enumerate(sorted(sharded.glob("*.safetensors"))):
+        size = 2**40
+        entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+        header = json.dumps({f"weight{number}": entry}).encode()
+        with open(path, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
+    with pytest.raises(ConfigError, match=r"needs \d+ TiB for its weights.*of memory are left: take a smaller model"):
+        load_model(sharded)
 
 
 def test_gguf_says_what_dequantising_costs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,16 +275,62 @@ def test_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("org/model")
 
 
-def test_code_that_comes_with_the_model_runs_only_when_trusted(copy: Path) -> None:
+OWN_CODE = """
+import os
+from transformers import LlamaConfig
+
+open(os.environ["VATTENTION_TEST_RAN"], "a").write("ran")
+
+
+class OwnConfig(LlamaConfig):
+    model_type = %r
+"""
+
+
+@pytest.fixture
+def with_code(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A model with code of its own, and the file that is there once that code has run."""
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("VATTENTION_TEST_RAN", str(ran))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     configure(copy, model_type="zzz", auto_map={"AutoConfig": "own.OwnConfig"})
-    (copy / "own.py").write_text(
-        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'zzz'\n"
-    )
-    with pytest.raises(ConfigError, match="custom code"):
-        load_model(copy)
-    # Trusted, it is read, and what it describes is still not among the models that were compared.
+    (copy / "own.py").write_text(OWN_CODE % "zzz")
+    return copy, ran
+
+
+def test_code_that_comes_with_the_model_runs_only_when_trusted(with_code: tuple[Path, Path]) -> None:
+    directory, ran = with_code
+    with pytest.raises(ConfigError, match="custom code") as caught:
+        load_model(directory)
+    assert "trust_remote_code" in str(caught.value)
+    assert not ran.exists()
+    # Trusted, it runs, and what it describes is still not among the models that were compared.
     with pytest.raises(UnsupportedModel, match="'zzz' is not among"):
-        load_model(copy, trust_remote_code=True)
+        load_model(directory, trust_remote_code=True)
+    assert ran.exists()
+
+
+def test_code_beside_a_type_that_is_known_is_not_needed(with_code: tuple[Path, Path]) -> None:
+    """What computes the model is the class of transformers, whatever the directory would put in its place."""
+    directory, ran = with_code
+    configure(directory, model_type="llama", auto_map={"AutoModelForCausalLM": "own.Nothing"})
+    for trust in (False, True):
+        loaded = load_model(directory, trust_remote_code=trust)
+        assert type(loaded.model).__module__ == "transformers.models.llama.modeling_llama"
+    assert not ran.exists()
+
+
+def test_a_tokenizer_of_its_own(with_code: tuple[Path, Path]) -> None:
+    directory, ran = with_code
+    configure(directory, model_type="llama", auto_map="leave out")
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"tokenizer of .* is custom code .* pass trust_remote_code=True"):
+        load_model(directory)
+    assert not ran.exists()
+    with pytest.raises(ConfigError, match="tokenizer"):  # there is no OwnTokenizer in that code
+        load_model(directory, trust_remote_code=True)
+    assert ran.exists()
 
 
 def test_a_tokenizer_of_another_model(copy: Path) -> None:

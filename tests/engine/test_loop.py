@@ -447,17 +447,19 @@ def test_a_listener_that_fails_at_the_end_keeps_nobody_from_being_told(monkeypat
 def test_draining_finishes_what_was_taken() -> None:
     setup = Setup(max_num_seqs=2)
     gate = setup.hold()
-    ears = [setup.submit([token], greedy(20))[0] for token in range(5)]
+    ears, tickets = map(list, zip(*(setup.submit([token], greedy(20)) for token in range(8)), strict=True))
     gate.reached()
-    ears += [setup.submit([token], greedy(20))[0] for token in range(5, 8)]
     setup.loop.stop(drain=True)
     with pytest.raises(InvalidRequest, match="closed"):
         setup.submit([1])
+    gone, ticket = ears.pop(), tickets[-1]
+    assert not setup.loop.abort_id(ticket.request_id).done(), "who is leaving may still leave"
     assert not setup.loop.close(drain=True, timeout=0.01), "a pass is held"
     gate.let_all()
     assert setup.loop.close(drain=True, timeout=LONG)
     for token, ear in enumerate(ears):
         assert ear.tokens() == expected([token], 20)
+    assert gone.last().outputs[0].finish_reason == "abort"
     setup.close()
 
 

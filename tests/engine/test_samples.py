@@ -174,7 +174,7 @@ def test_everybody_ends_once_whatever_happens(
                 out = sample.output_token_ids
                 assert out == expected(prompt, len(out))
                 assert sample.finish_reason in ("length", "abort", "error")
-                assert (sample.finish_reason == "error") <= isinstance(sample.error, RuntimeError)
+                assert sample.finish_reason != "error" or isinstance(sample.error, RuntimeError)
                 if sample.finish_reason == "length":
                     assert len(out) == min(tokens, 64 - len(prompt), cache.capacity() + 1 - len(prompt))
                     assert sample in ended

@@ -27,8 +27,24 @@ refused; {aliases} is configured as one of the others.
 
 Configurations of an accepted architecture are refused where they ask for more than was compared: RoPE of kind
 "dynamic" or "longrope" (its frequencies depend on the longest request of a batch), layers with other than full or
-sliding attention, bidirectional or cross-attention, layers that share K and V, quantised weights other than GGUF.
-GGUF files are dequantised when they are loaded: they take the memory of the full weights.
+sliding attention, bidirectional or cross-attention, layers that share K and V.
+
+## Quantised weights
+
+Compared with transformers on the same quantised files, on a CPU:
+
+| weights | what happens | needs |
+| --- | --- | --- |
+| GGUF | dequantised on loading: they take the memory of the full weights, and must fit | gguf, accelerate |
+| fp8 in blocks with scales (DeepSeek-V3, Qwen3) | dequantised on loading | accelerate |
+| mxfp4 (GPT-OSS) | dequantised on loading | accelerate |
+| compressed-tensors, weights only | as transformers does | accelerate, compressed-tensors |
+| torchao, `Int8WeightOnlyConfig` | kept in 8 bits | accelerate, torchao |
+| bitsandbytes, 4 bits | kept in 4 bits; rounds inside like bfloat16 | accelerate, bitsandbytes |
+
+Others are refused by name: most need a GPU, and bitsandbytes in 8 bits looks for outliers over the whole batch, so that
+requests would change each other. A GGUF file whose RoPE scaling transformers does not read is refused too; that of
+Llama 3 is recognised and applied.
 
 ## Accepted
 
@@ -49,8 +65,8 @@ every type: tokens without their positions, tokens that see later ones, and two 
 """
 
 _MASK = """
-`{kinds}` keep their sliding window to transformers' mask and do not tell attention of it: they are served up to the
-window, where it changes nothing, and refused beyond.
+`{kinds}` keep their sliding window to transformers' mask and do not tell attention of it: they are
+served up to the window, where it changes nothing, and refused beyond.
 
 ## Refused
 

@@ -7,17 +7,30 @@ from collections.abc import Sequence
 
 import torch
 
-from vattention.attention import blocked, sdpa
+from vattention.attention import blocked, cpu_decode, sdpa
 from vattention.attention.base import Attend, Features, Segment
 
 
 def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
-    """The `Kernel` that picks one for each layer call. What a kernel prepares is made once, if it is used at all."""
-    stock = functools.cache(lambda: sdpa.prepare(segments, dtype=dtype, device=device))
-    plain = functools.cache(lambda: blocked.prepare(segments, dtype=dtype, device=device))
+    """The `Kernel` that picks one for each layer call. What a kernel prepares is made once, if it is used at all.
+
+    Where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains.
+    """
+    every = tuple(segments)
+    several = tuple(segment for segment in every if segment.rows > 1)
+    single = functools.cache(lambda: cpu_decode.prepare([segment for segment in every if segment.rows == 1]))
+    stock = functools.cache(lambda some: sdpa.prepare(some, dtype=dtype, device=device))
+    plain = functools.cache(lambda some: blocked.prepare(some, dtype=dtype, device=device))
 
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
         kernel = stock if sdpa.can(features, keys, values) else plain
-        return kernel()(query, keys, values, features)
+        if len(several) == len(every) or not cpu_decode.can(query, keys, values):
+            return kernel(every)(query, keys, values, features)
+        if several:
+            out = kernel(several)(query, keys, values, features)
+        else:
+            out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
+        single()(query, keys, values, features, out)
+        return out
 
     return attend

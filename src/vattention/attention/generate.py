@@ -7,9 +7,10 @@
 
 It computes what `attn_implementation="sdpa"` computes, from the same masks, and also soft caps and sinks, which sdpa
 has not. K and V are read where the cache keeps them, whatever their strides: they are never copied or repeated for
-grouped heads. On a CPU decoding is faster: the queries that share a KV head become rows of one small query, so every
-byte of K and V is read once for the whole group, by a matrix product. What gains nothing from that (prompts, other
-devices, compiled models, training) goes to the kernel that "sdpa" would use.
+grouped heads. On a CPU decoding is faster: `cpu_decode` reads every byte of K and V once for the whole group. Without
+it (no compiler), and for a few new tokens, the queries that share a KV head become rows of one small query, which has
+the same effect. What gains nothing from that (prompts, other devices, compiled models, training) goes to the kernel
+that "sdpa" would use.
 
 The engine has a name of its own (`attention.base`), for which transformers builds no mask: a flat batch of requests
 would get one of rows x rows. Here masks arrive as they do for "sdpa": boolean, `[batch, 1, rows, tokens]`, True where a
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vattention.attention import cpu_decode
+from vattention.attention.base import Features
 from vattention.attention.blocked import SCORE_BYTES
 from vattention.errors import UnsupportedModel
 
@@ -136,6 +139,9 @@ def attention_forward(
     ):
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
 
+    if rows == 1 and _by_token(attention_mask, key) and cpu_decode.can(query, key, value):
+        features = Features(scaling, softcap=softcap, sinks=s_aux)
+        return _decoded(query, key, value, attention_mask, features), None
     causal = rows > 1 and attention_mask is None and _is_causal(module, is_causal)
     if causal:
         # As torch aligns it, row i sees keys 0..i: there is no mask only where nothing was cached before, and what a
@@ -175,6 +181,27 @@ def _sdpa(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return result
+
+
+def _by_token(mask: torch.Tensor | None, key: torch.Tensor) -> bool:
+    """Whether a mask says of each token whether it counts, the same for all heads."""
+    if mask is None:
+        return True
+    return mask.dtype == torch.bool and mask.shape[1:] == (1, 1, key.shape[2]) and mask.stride(3) == 1
+
+
+def _decoded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, features: Features
+) -> torch.Tensor:
+    """One row of each sequence, `[batch, 1, q_heads, width of V]`."""
+    batch, tokens = key.shape[0], key.shape[2]
+    rows = torch.arange(batch)
+    requests = cpu_decode.Requests(rows, rows, torch.full((batch,), tokens))
+    out = query.new_empty((batch, query.shape[1], value.shape[3]))
+    if mask is not None:
+        mask = mask[:, 0, 0].expand(batch, -1)
+    cpu_decode.decode(query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2), features, requests, out, mask=mask)
+    return out[:, None]
 
 
 def _folded(

@@ -14,6 +14,7 @@ from vattention.cli.options import (
     add_model,
     filled,
     given,
+    numbers,
     words,
 )
 from vattention.errors import ConfigError
@@ -21,11 +22,14 @@ from vattention.errors import ConfigError
 
 def add_to(commands: Any) -> None:
     """Add the command, and its own."""
-    parser = commands.add_parser("bench", help="measurements: memory, growth, driver", description="Measurements.")
+    parser = commands.add_parser(
+        "bench", help="measurements: memory, growth, driver, kernels", description="Measurements."
+    )
     benches = parser.add_subparsers(required=True, metavar="WHAT")
     _add_memory(benches)
     _add_growth(benches)
     _add_driver(benches)
+    _add_kernels(benches)
 
 
 def _add_memory(to: Any) -> None:
@@ -98,6 +102,19 @@ def _add_driver(to: Any) -> None:
     add("--json", default=None, metavar="F", help="write the result to this file")
 
 
+def _add_kernels(to: Any) -> None:
+    about = "time decode attention on the CPU, as a share of what the memory can deliver"
+    parser = add_command(to, "kernels", kernels, about, _KERNELS)
+    add = parser.add_argument
+    add("--heads", type=words, metavar="Q/KVxWIDTH,...", help="query heads, KV heads, width (9/3x64,32/8x128)")
+    add("--requests", type=int, metavar="N", help="that decode together (8)")
+    add("--lengths", type=numbers, metavar="N,...", help="tokens of each request (512,4096)")
+    add("--dtypes", "--dtype", type=words, metavar="NAME,...", help="of K and V (bfloat16,float32)")
+    add("--layouts", "--layout", type=words, metavar="NAME,...", help="(token-major,head-major)")
+    add("--rounds", type=int, metavar="N", help="of each side (7)")
+    add("--json", metavar="F", help="write the result to this file")
+
+
 def memory(args: argparse.Namespace) -> int:
     """Replay request lengths through a real cache."""
     from vattention.bench.geometry import GEOMETRIES
@@ -123,6 +140,13 @@ def driver(args: argparse.Namespace) -> int:
 
     report([parse_size(size, "page_size") for size in args.page_sizes], json=args.json, command=args.command)
     return 0
+
+
+def kernels(args: argparse.Namespace) -> int:
+    """Time decode attention on the CPU."""
+    from vattention.bench.kernels import KernelBench, run
+
+    return run(filled(KernelBench, args))
 
 
 _MEMORY = """\
@@ -151,4 +175,12 @@ _DRIVER = """\
 examples:
   vattention bench driver
   vattention bench driver --page-sizes 64KiB,256KiB --json driver.json
+"""
+
+_KERNELS = """\
+Every kernel computes all layers of a real cache, in rounds that alternate; the limit is measured in the same rounds.
+
+examples:
+  vattention bench kernels
+  vattention bench kernels --heads 9/3x64 --lengths 2000 --dtypes bfloat16 --rounds 15 --json kernels.json
 """

@@ -21,12 +21,16 @@ from typing import Any
 
 import torch
 
-from vattention.errors import ConfigError
+from vattention.errors import ConfigError, UnsupportedModel
 from vattention.memory.sizes import format_size
 
 _INSTALL = 'pip install "vattention[demo]"'
 _SURE = frozenset({"gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3", "starcoder2"})
 """Architectures for which a test finds the same configuration and weights as by transformers' own reading."""
+
+_FACTORS = "rope_freqs.weight"
+_LLAMA3_FACTORS, _LLAMA3_CONTEXT = (8.0, 32.0), 8192
+"""Llama 3.1 and 3.3 scale RoPE by 8, Llama 3.2 by 32. Source: the config.json of their checkpoints."""
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -207,8 +211,55 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             config[known] = value[0] if isinstance(value, list) and len(value) == 1 else value
     if config["model_type"] == "gemma3":  # such files hold the text model alone
         config["model_type"] = "gemma3_text"
+    if scaled := _llama3(file, _theta(file)):
+        config["rope_parameters"] = scaled
+        config.pop("rope_theta", None)
     config.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ())))
     return config
+
+
+def check_rope(file: GGUFFile) -> None:
+    """Raise UnsupportedModel where the file scales RoPE in a way that would be lost on the way to transformers."""
+    scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
+    if scaling != "none" and file.architecture != "gpt-oss":  # whose scaling transformers reads
+        raise UnsupportedModel(
+            f"{file.path} scales RoPE ({scaling}), which transformers does not read from GGUF files: use the original"
+            " weights"
+        )
+    if any(tensor.name.startswith("rope_factors") for tensor in file.tensors) or (
+        any(tensor.name == _FACTORS for tensor in file.tensors) and not (_sure(file) and _llama3(file, _theta(file)))
+    ):
+        raise UnsupportedModel(
+            f"{file.path} carries RoPE factors that are not those of Llama 3, and transformers does not read them from"
+            " GGUF files: use the original weights"
+        )
+
+
+def _theta(file: GGUFFile) -> float:
+    return float(file.metadata.get(f"{file.architecture}.rope.freq_base", 1e4))
+
+
+def _llama3(file: GGUFFile, theta: float) -> dict[str, Any] | None:
+    """The RoPE scaling that a tensor of factors stands for, or None. Transformers has no name for other factors."""
+    import numpy as np
+
+    tensor = next((tensor for tensor in file.tensors if tensor.name == _FACTORS), None)
+    if tensor is None or tensor.kind != 0:
+        return None
+    factors = np.fromfile(file.path, dtype="<f4", count=prod(tensor.shape), offset=tensor.offset)
+    waves = 2 * np.pi * theta ** (np.arange(len(factors)) / len(factors))
+    share = np.clip((_LLAMA3_CONTEXT / waves - 1) / 3, 0, 1)  # low_freq_factor 1, high_freq_factor 4
+    for factor in _LLAMA3_FACTORS:
+        if np.allclose(factors, 1 / ((1 - share) / factor + share), rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": _LLAMA3_CONTEXT,
+            }
+    return None
 
 
 def _names(file: GGUFFile, model: Any) -> dict[str, str] | None:

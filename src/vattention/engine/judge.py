@@ -10,6 +10,7 @@ import torch
 from vattention.cache import KVLayout
 from vattention.cache.layout import LayerShape
 from vattention.engine.architectures import ACCEPTED, REFUSED, WINDOW_IN_MASK
+from vattention.engine.quantised import check_quantised
 from vattention.errors import ConfigError, UnsupportedModel
 
 _ROPE = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
@@ -104,8 +105,7 @@ def judge(config: Any) -> Geometry:
 
 def _check(config: Any) -> None:
     """What an accepted type may be configured to and is not computed."""
-    if _of(config, "quantization_config") is not None:
-        raise UnsupportedModel("quantised checkpoints other than GGUF are not built yet: use the original weights")
+    check_quantised(config)
     for rope in _rope_kinds(config):
         if rope not in _ROPE:
             raise UnsupportedModel(

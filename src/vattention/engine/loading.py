@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from vattention.attention.base import NAME, register
-from vattention.engine.gguf import GGUFFile, read_gguf, read_once
+from vattention.engine.gguf import GGUFFile, check_rope, read_gguf, read_once
 from vattention.engine.judge import Geometry, judge
-from vattention.engine.weights import bytes_as, check_room, check_safetensors
+from vattention.engine.quantised import DEQUANTISED, method_of
+from vattention.engine.weights import bytes_as, check_room, check_safetensors, stored_bytes
 from vattention.errors import ConfigError, UnsupportedModel
 from vattention.memory.sizes import format_size
 
@@ -61,7 +62,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     weight_bytes: int
     dequantised_from: int | None = None
-    """Bytes of the quantised file that became `weight_bytes`; None where nothing was dequantised."""
+    """Bytes of the quantised files that became `weight_bytes`; None where nothing was dequantised."""
 
 
 def load_model(
@@ -87,6 +88,8 @@ def load_model(
     wanted = parse_dtype(dtype)
     source = find(model)
     gguf = read_gguf(str(source)) if source.gguf_file else None
+    if gguf is not None:
+        check_rope(gguf)
     register()
     with _quiet(), contextlib.nullcontext() if gguf is None else read_once(gguf):
         config = _read_config(source, trust_remote_code)
@@ -104,8 +107,15 @@ def load_model(
         dtype=network.dtype,
         eos_token_ids=_eos(network, tokenizer),
         weight_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
-        dequantised_from=os.path.getsize(str(source)) if source.gguf_file else None,
+        dequantised_from=_quantised_bytes(source, config),
     )
+
+
+def _quantised_bytes(source: Source, config: Any) -> int | None:
+    """Bytes of the files whose weights were dequantised, as far as they are known; None where none were."""
+    if source.gguf_file:
+        return os.path.getsize(str(source))
+    return stored_bytes(Path(source.name)) if source.local and method_of(config) in DEQUANTISED else None
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -176,7 +186,9 @@ def _read_weights(source: Source, gguf: GGUFFile | None, config: Any, dtype: tor
         if dtype not in _DTYPES.values():
             raise UnsupportedModel(f"the checkpoint is in {dtype}: pass dtype, one of {', '.join(_DTYPES)}")
     with _errors_of(source, "weights"):
-        _check_files(source, gguf, dtype)
+        _check_files(source, gguf, config, dtype)
+        if method_of(config) in DEQUANTISED:  # said, because with a GPU at hand transformers would keep them packed
+            config.quantization_config = {**_as_dict(config.quantization_config), "dequantize": True}
         model, report = AutoModelForCausalLM.from_pretrained(
             **source.arguments,
             config=config,
@@ -195,15 +207,27 @@ def _read_weights(source: Source, gguf: GGUFFile | None, config: Any, dtype: tor
     return model
 
 
-def _check_files(source: Source, gguf: GGUFFile | None, dtype: torch.dtype) -> None:
+def _check_files(source: Source, gguf: GGUFFile | None, config: Any, dtype: torch.dtype) -> None:
     """That the files of a local model are whole and will fit. Those of the hub are checked by its client."""
     if gguf is not None:
-        why = f" (dequantised to {str(dtype).removeprefix('torch.')} from {format_size(os.path.getsize(str(source)))})"
-        check_room(str(source), bytes_as(gguf.numbers, dtype), why)
+        check_room(str(source), bytes_as(gguf.numbers, dtype), _dequantised(dtype, os.path.getsize(str(source))))
     elif source.local:
-        numbers = check_safetensors(Path(source.name))
-        if numbers is not None:
-            check_room(str(source), bytes_as(numbers, dtype))
+        directory, method = Path(source.name), method_of(config)
+        numbers = check_safetensors(directory, packed=2 if method == "mxfp4" else 1)
+        if numbers is None:
+            return
+        if method in DEQUANTISED:
+            check_room(str(source), bytes_as(numbers, dtype), _dequantised(dtype, stored_bytes(directory)))
+        else:
+            check_room(str(source), bytes_as(numbers, dtype) if method is None else stored_bytes(directory))
+
+
+def _dequantised(dtype: torch.dtype, size: int) -> str:
+    return f" (dequantised to {str(dtype).removeprefix('torch.')} from {format_size(size)})"
+
+
+def _as_dict(settings: Any) -> dict[str, Any]:
+    return dict(settings if isinstance(settings, dict) else settings.to_dict())
 
 
 def _read_tokenizer(source: Source, trust: bool) -> Any | None:
@@ -266,6 +290,11 @@ def _errors_of(source: Source, what: str) -> Iterator[None]:
         if "gated" in str(error).lower() or type(error).__name__ == "GatedRepoError":
             raise ConfigError(
                 f"{source} is gated: accept its conditions on the hub, log in with `hf auth login`, and try again"
+            ) from None
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the {what} of {source} is custom code that comes with the model, and was not run: read it, and pass"
+                " trust_remote_code=True if you trust it"
             ) from None
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         hint = "no such model on the hub, or no network; a path must exist on this machine"

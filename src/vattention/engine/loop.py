@@ -144,7 +144,8 @@ class EngineLoop:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Have the engine's thread call `function` between two steps. It holds everybody up: be quick.
 
-        Raises: as `submit`.
+        Raises:
+            InvalidRequest: the loop has ended. EngineError: it has died.
         """
         future: Future[T] = Future()
         self._post(_Call(function, future))
@@ -178,7 +179,7 @@ class EngineLoop:
     def _post(self, message: Ticket | _Call) -> None:
         if os.getpid() != self._owner:
             raise InvalidRequest("this engine belongs to the parent process: open a new one after fork")
-        if not self.running:
+        if self._ended or (self._closing and isinstance(message, Ticket)):
             raise self._refusal()
         self._inbox.put(message)
         if self._ended:  # just now, and nobody may have seen the message

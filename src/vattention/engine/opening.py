@@ -21,6 +21,9 @@ from vattention.errors import ConfigError, InvalidRequest
 from vattention.memory.limits import memory_headroom
 from vattention.memory.sizes import format_size, parse_size
 
+_DEFAULT_SEQS = 16
+"""Requests computed at once."""
+
 _DEFAULT_BATCHED_TOKENS = 512
 """Rows of a pass on a CPU: enough to keep matrix products efficient, few enough that decodes are not held up long."""
 
@@ -38,7 +41,7 @@ class LLMOptions(TypedDict, total=False):
     dtype: str | torch.dtype
     device: str
     max_model_len: int | None
-    max_num_seqs: int
+    max_num_seqs: int | None
     kv_cache_memory: int | str | None
     page_size: int | str | None
     cache: str
@@ -69,7 +72,7 @@ def open_engine(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     max_model_len: int | None = None,
-    max_num_seqs: int = 16,
+    max_num_seqs: int | None = None,
     kv_cache_memory: int | str | None = None,
     page_size: int | str | None = None,
     cache: str = "virtual",
@@ -87,14 +90,17 @@ def open_engine(
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
     _refuse_what_is_not_built(device, cache, enable_prefix_caching)
     with _as_config_errors():
-        max_num_seqs = whole("max_num_seqs", max_num_seqs, at_least=1)
         seed = whole("seed", seed, at_least=0, below=2**64)
         if max_model_len is not None:
             max_model_len = whole("max_model_len", max_model_len, at_least=2)
         rows = max_num_batched_tokens
+        if rows is not None:
+            rows = whole("max_num_batched_tokens", rows, at_least=1)
+        if max_num_seqs is None:  # each of them must get a row
+            max_num_seqs = _DEFAULT_SEQS if rows is None else min(_DEFAULT_SEQS, rows)
+        max_num_seqs = whole("max_num_seqs", max_num_seqs, at_least=1)
         if rows is None:
             rows = max(_DEFAULT_BATCHED_TOKENS, max_num_seqs)
-        rows = whole("max_num_batched_tokens", rows, at_least=1)
     budget = None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
     page = None if page_size is None else parse_size(page_size, "page_size")
 
@@ -155,7 +161,7 @@ def _announce(loaded: LoadedModel, cache: KVCache, budget: int) -> None:
 def _origin(loaded: LoadedModel) -> str:
     """That the weights were quantised, and what keeping them dequantised costs."""
     size = loaded.dequantised_from
-    return "" if size is None else f", dequantised from {format_size(size)} of GGUF"
+    return "" if size is None else f", dequantised from {format_size(size)}"
 
 
 def _default_budget(layout: KVLayout) -> int:

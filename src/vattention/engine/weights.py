@@ -20,8 +20,12 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LFS = b"version https://git-lfs"
 
 
-def check_safetensors(directory: Path) -> int | None:
+def check_safetensors(directory: Path, packed: int = 1) -> int | None:
     """Numbers in the safetensors files of a model directory, or None where it has no such files.
+
+    Args:
+        directory: of the model.
+        packed: numbers in a byte that is stored as such.
 
     Raises:
         ConfigError: a file is missing, cut short, or not what its name says.
@@ -29,7 +33,7 @@ def check_safetensors(directory: Path) -> int | None:
     index = directory / _INDEX
     if not index.is_file():
         single = directory / _SINGLE
-        return _numbers(single) if single.is_file() else None
+        return _numbers(single, packed) if single.is_file() else None
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, LookupError, AttributeError, TypeError):
@@ -40,10 +44,10 @@ def check_safetensors(directory: Path) -> int | None:
             f"{directory} is incomplete: {len(missing)} of {len(names)} weight files are missing ({missing[0]}, ...):"
             " finish the download"
         )
-    return sum(_numbers(directory / name) for name in names)
+    return sum(_numbers(directory / name, packed) for name in names)
 
 
-def _numbers(path: Path) -> int:
+def _numbers(path: Path, packed: int) -> int:
     """Numbers in one safetensors file. Source of the format: https://huggingface.co/docs/safetensors."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -57,7 +61,7 @@ def _numbers(path: Path) -> int:
             header = json.loads(file.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-            numbers = sum(prod(entry["shape"]) for entry in tensors)
+            numbers = sum(prod(entry["shape"]) * (packed if entry["dtype"] == "U8" else 1) for entry in tensors)
         except (ValueError, LookupError, AttributeError, TypeError):
             raise ConfigError(f"the weights in {path} are damaged: the header cannot be read") from None
     if size < 8 + length + end:
@@ -66,6 +70,11 @@ def _numbers(path: Path) -> int:
             " finish the download"
         )
     return numbers
+
+
+def stored_bytes(directory: Path) -> int:
+    """What the safetensors files of a model directory take."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def check_room(what: str, needed: int, why: str = "") -> None:

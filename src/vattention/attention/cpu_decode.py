@@ -1,0 +1,168 @@
+"""Decoding on a CPU: one new token of each request over K and V of any lengths, all in one call of a kernel of our own.
+
+torch's attention reads K and V once for each query head when there is a single row, or takes one call a request; this
+reads every byte once, for all heads of a group, in the slots as they are, on all of torch's threads. Sliding windows,
+soft caps, sinks, and K and V of different width are the kernel's own. It works in float32 whatever K and V are stored
+as. What a request gets does not depend on the others in the batch, nor on the number of threads, to the last bit.
+
+The kernel is cpu_decode.cpp, compiled at first use (`attention.native`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vattention.attention import native
+from vattention.attention.base import Features, Segment
+
+_SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+_NUMBERS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+_WIDTHS = (64, 128)
+"""Of K and V together: those compiled for by themselves; any other is computed by a build for all of them."""
+
+
+class _Call(ctypes.Structure):
+    """`struct Call` of the source; strides are in numbers."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("requests", "q_heads", "kv_heads", "k_width", "v_width")),
+        *((name, ctypes.c_int64) for name in ("window", "threads")),
+        *((name, ctypes.c_void_p) for name in ("k", "v", "q", "out")),
+        *((name, ctypes.c_int64) for name in ("k_slot", "k_token", "k_head", "v_slot", "v_token", "v_head")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "out_row", "out_head")),
+        *((name, ctypes.c_void_p) for name in ("slots", "rows", "lengths", "mask")),
+        ("mask_row", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sinks", "scratch")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Who attends, `[requests]` int64 each.
+
+    Attributes:
+        slots: where the K and V of each are.
+        rows: the row of the query and of the output.
+        lengths: tokens of each, its new one included; at least 1.
+    """
+
+    slots: torch.Tensor
+    rows: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Requests:
+        """Those of segments of one row."""
+        return cls(
+            torch.tensor([segment.slot for segment in segments], dtype=torch.int64),
+            torch.tensor([segment.start for segment in segments], dtype=torch.int64),
+            torch.tensor([segment.length for segment in segments], dtype=torch.int64),
+        )
+
+
+def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the kernel reads these: on the CPU, of one dtype, each head's numbers side by side, none to be trained.
+
+    The first time this compiles the kernel, or finds that it cannot be compiled.
+    """
+    tensors = (query, keys, values)
+    return (
+        query.dtype in _NUMBERS
+        and not torch.compiler.is_compiling()  # which cannot look into a library; stock attention it can
+        and all(x.device.type == "cpu" and x.dtype == query.dtype and x.stride(-1) == 1 for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and _library(query.dtype, keys.shape[-1], values.shape[-1]) is not None
+    )
+
+
+def decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    features: Features,
+    requests: Requests,
+    out: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+) -> None:
+    """Compute the rows of `out` that belong to `requests`. Only what `can` accepts.
+
+    Args:
+        query: `[rows, q_heads, width]`.
+        keys: `[slots, tokens, kv_heads, width]`; values likewise, of any width.
+        requests: slots and rows must exist, and lengths must be within the tokens: nothing is checked.
+        out: `[rows, q_heads, width of V]`, other rows are left alone.
+        mask: boolean `[requests, tokens]`: which tokens count. One that does not is not read, and a request in which
+            none does gets 0.
+    """
+    width, value_width = keys.shape[3], values.shape[3]
+    library = _library(query.dtype, width, value_width)
+    assert library is not None, "asked of `can`"
+    sinks = None if features.sinks is None else features.sinks.to(torch.float32).contiguous()
+    call = _Call(
+        len(requests.slots),
+        query.shape[1],
+        keys.shape[2],
+        width,
+        value_width,
+        features.window or 0,
+        torch.get_num_threads(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        query.data_ptr(),
+        out.data_ptr(),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        *query.stride()[:2],
+        *out.stride()[:2],
+        requests.slots.data_ptr(),
+        requests.rows.data_ptr(),
+        requests.lengths.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        0 if mask is None else mask.stride(0),
+        None if sinks is None else sinks.data_ptr(),
+        None,
+        width**-0.5 if features.scaling is None else features.scaling,
+        features.softcap or 0.0,
+    )
+    pointer = ctypes.byref(call)
+    scratch = torch.empty(library.vattention_scratch(pointer), dtype=torch.uint8)
+    call.scratch = scratch.data_ptr()
+    library.vattention_decode(pointer)
+
+
+def prepare(segments: Sequence[Segment]) -> Callable[..., None]:
+    """The rows of `segments`, which have one each, as a function of what differs between layers.
+
+    It takes `query` `[q_heads, rows, width]`, keys, values and features as an `Attend` does, and `out`
+    `[rows, q_heads, width of V]`, where it fills in its rows.
+    """
+    requests = Requests.of(segments)
+
+    def attend(
+        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features, out: torch.Tensor
+    ) -> None:
+        decode(query.transpose(0, 1), keys, values, features, requests, out)
+
+    return attend
+
+
+_libraries: dict[tuple[torch.dtype, int], ctypes.CDLL | None] = {}
+
+
+def _library(dtype: torch.dtype, width: int, value_width: int) -> ctypes.CDLL | None:
+    known = width if width == value_width and width in _WIDTHS else 0
+    key = (dtype, known)
+    if key not in _libraries:
+        library = native.load(_SOURCE, NUMBERS=_NUMBERS[dtype], WIDTH=known)
+        if library is not None:
+            library.vattention_scratch.restype = ctypes.c_int64
+            library.vattention_decode.restype = None
+        _libraries[key] = library
+    return _libraries[key]

@@ -1,0 +1,121 @@
+"""C++ sources of this package, compiled where they run: at first use, by the compiler of the system, for its processor.
+
+A library is kept in the user's cache directory (`$XDG_CACHE_HOME/vattention`, else `~/.cache/vattention`), under a name
+that changes with the source, the compiler, the flags and the processor; it takes about two seconds to make. Where that
+directory cannot be written, each process makes its own. Several processes may do so at once: each writes a file of its
+own, which then takes its name in one step.
+
+Without a compiler there is no library, one warning, and whoever asked computes the same in another way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+_COMPILERS = ("c++", "g++", "clang++")
+_SECONDS = 120
+
+_lock = threading.Lock()
+_warned = False
+
+
+def load(source: Path, **macros: object) -> ctypes.CDLL | None:
+    """The library compiled from `source` with these macros defined; None, after the one warning, if there is none."""
+    with _lock:
+        return _load(source, tuple(f"-D{name}={value}" for name, value in sorted(macros.items())))
+
+
+@functools.cache
+def _load(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL | None:
+    try:
+        compiler = find_compiler()
+        command = (*compiler, *_FLAGS, *macros)
+        name = f"{source.stem}-{_fingerprint(source, command)}.so"
+        kept = _kept(_cache(), name, source, command)
+        if kept is not None:
+            return ctypes.CDLL(str(kept))
+        with tempfile.TemporaryDirectory(prefix="vattention-") as own:  # once loaded, a library needs no file
+            return ctypes.CDLL(str(_compile(source, Path(own) / name, command)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _warn(error)
+    return None
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The command that `CXX` names, or the first C++ compiler on the path. Raises FileNotFoundError without one."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for name in named[:1] or _COMPILERS:
+        path = shutil.which(name)
+        if path is not None:
+            return (path, *named[1:])
+    raise FileNotFoundError(f"no C++ compiler ({' '.join(named[:1]) or ', '.join(_COMPILERS)}) on the path")
+
+
+def _kept(folder: Path, name: str, source: Path, command: tuple[str, ...]) -> Path | None:
+    """The library `name` in `folder`, made if it is not there; None if the folder cannot be used."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid != os.geteuid():  # what others can replace is not loaded
+            return None
+        path = folder / name
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                os.replace(_compile(source, Path(own) / name, command), path)
+    except OSError:
+        return None  # read-only, full, or no home at all
+    return path
+
+
+def _compile(source: Path, made: Path, command: tuple[str, ...]) -> Path:
+    result = subprocess.run(
+        [*command, "-o", str(made), str(source)], capture_output=True, text=True, timeout=_SECONDS, check=False
+    )
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
+        raise subprocess.SubprocessError(f"{' '.join(command[:1])} cannot compile {source.name}: {first.strip()}")
+    return made
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vattention"
+
+
+def _fingerprint(source: Path, command: tuple[str, ...]) -> str:
+    """Of everything that decides what the library holds, and whether it runs here."""
+    compiler = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
+    parts = (source.read_bytes(), *(part.encode() for part in command), compiler, _processor().encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def _processor() -> str:
+    """The architecture and what the processor can do: home directories are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    model = next((line for line in lines if line.startswith("model name")), "")
+    return f"{platform.machine()} {model} {flags}"
+
+
+def _warn(error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"{error}: decoding on the CPU uses torch's own attention, which is slower; install g++, or set CXX",
+            RuntimeWarning,
+            stacklevel=2,
+        )
