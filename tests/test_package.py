@@ -12,7 +12,7 @@ ERRORS = [
     *("UnsupportedModel", "InvalidRequest", "ConfigError"),
 ]
 OUTPUTS = ["RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics"]
-PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", *OUTPUTS, "KVCache", "KVLayout", "CacheStats", *ERRORS]
+PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", *OUTPUTS, "KVCache", "KVLayout", "CacheStats", "VirtualCache", *ERRORS]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
         VAttentionError,
     )
+    from vattention.integrations.transformers_cache import VirtualCache
     from vattention.llm import LLM
 
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "SamplingParams": "vattention.engine.sampling_params",
     "AsyncLLM": "vattention.async_llm",
     "LLM": "vattention.llm",
+    "VirtualCache": "vattention.integrations.transformers_cache",
     "ConfigError": "vattention.errors",
     "DriverError": "vattention.errors",
     "EngineError": "vattention.errors",
@@ -62,6 +64,7 @@ __all__ = [
     "SamplingParams",
     "UnsupportedModel",
     "VAttentionError",
+    "VirtualCache",
 ]
 
 

@@ -81,6 +81,7 @@ class Case:
     second: bool
     poison: bool
     device: bool
+    guard: bool
 
 
 @st.composite
@@ -92,7 +93,8 @@ def cases(draw: st.DrawFn) -> Case:
     pages = draw(st.sampled_from([1, streams, streams + 1, full - 1, full, full + streams, 2 * full, 5 * full]))
     mappings = draw(st.sampled_from([None, None, None, streams, 3 * streams, 6 * streams]))
     second, poison, device = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([False, False, True]))
-    return Case(layout, page_size, max(1, pages), mappings, second, poison, device)
+    guard = not device and draw(st.booleans())
+    return Case(layout, page_size, max(1, pages), mappings, second, poison, device, guard)
 
 
 executed: Counter[str] = Counter()
@@ -111,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(case=cases())
     def open(self, case: Case) -> None:
         self.case = case
-        self.driver = DeviceDriver(case.page_size) if case.device else HostDriver()
+        self.driver = DeviceDriver(case.page_size) if case.device else HostDriver(guard=case.guard)
         # A limit of this world's own: other tests' mappings are none of its business. Two for the empty ranges.
         self.driver.mappings = MappingBudget(None if case.mappings is None else case.mappings + 2)
         self.pool = PagePool(self.driver, case.page_size, case.pages * case.page_size)
@@ -169,6 +171,50 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             outcomes["forked"] += forked is not None
             assert self.pool.stats().created - before.created <= len(self.case.layout.streams)
+
+    @rule(which=slots, count=st.integers(1, 4), start=lengths, length=lengths)
+    def alloc_range(self, which: int, count: int, start: int, length: int) -> None:
+        """Rows of a batch, left-padded or not."""
+        executed["alloc_range"] += 1
+        mirror = self._mirror(which)
+        rows = mirror.alloc_range(count)
+        if rows is None:
+            return
+        try:
+            mirror.pad({row: self._clamped(start * number // count) for number, row in enumerate(rows)})
+        except OutOfPages:
+            outcomes["padding without pages"] += 1
+            for row in rows:
+                mirror.starts[row] = mirror.cache._backing.slots[row].start
+        self._step(mirror, dict.fromkeys(rows, self._clamped(length)))
+
+    @rule(which=slots, slot=slots, start=lengths, length=lengths)
+    def pad(self, which: int, slot: int, start: int, length: int) -> None:
+        executed["pad"] += 1
+        mirror = self._mirror(which)
+        number = self._slot(mirror, slot)
+        mirror.step({number: 0})
+        try:
+            mirror.pad({number: self._clamped(start)})
+        except OutOfPages:
+            mirror.starts[number] = mirror.cache._backing.slots[number].start
+        self._step(mirror, {number: self._clamped(length)})
+
+    @rule(which=slots, wanted=st.lists(st.tuples(st.integers(0, 4), slots), min_size=1, max_size=5))
+    def reorder(self, which: int, wanted: list[tuple[int, int]]) -> None:
+        executed["reorder"] += 1
+        mirror = self._mirror(which)
+        wanted = [(target % self.case.layout.max_num_seqs, self._slot(mirror, source)) for target, source in wanted]
+        before, copied = self.pool.stats(), mirror.cache.stats().copied
+        try:
+            mirror.reorder(dict(wanted))
+        except OutOfPages:
+            outcomes["reorder without pages"] += 1
+            return
+        outcomes["reordered"] += 1
+        tails = len({target for target, _ in wanted}) * len(self.case.layout.streams)
+        assert self.pool.stats().created - before.created <= tails
+        assert mirror.cache.stats().copied - copied <= tails * (self.case.page_size - 1)
 
     # -- growth
 
@@ -353,5 +399,5 @@ def test_every_call_keeps_the_invariants():
         name for name, method in vars(CacheMachine).items() if "hypothesis_stateful_rule" in dir(method)
     }
     assert min(executed.values()) >= STEPS // 400
-    for outcome in ("step", "step without pages", "forked", "fork without pages", "admitted"):
+    for outcome in ("step", "step without pages", "forked", "fork without pages", "admitted", "reordered"):
         assert outcomes[outcome] >= STEPS // 1000, f"{outcome}: the worlds are not tight enough, or too tight"

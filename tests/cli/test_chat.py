@@ -298,6 +298,26 @@ def test_an_error_in_the_middle_keeps_what_came(
     assert talk.failed is (error is not KeyboardInterrupt)
 
 
+def test_a_model_that_fails_is_an_error_and_the_conversation_goes_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    forward = llm.model.forward
+
+    def breaks(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no matrix product today")
+
+    console = Console()
+    console.interactive = True
+    talk = Conversation(EngineAnswers(llm), console, Settings({"max_tokens": 3}))
+    monkeypatch.setattr(llm.model, "forward", breaks)
+    talk.say("Hello")
+    monkeypatch.setattr(llm.model, "forward", forward)
+    assert "no matrix product today" in capfd.readouterr().err
+    assert (llm.stats().live_slots, llm.engine.unfinished) == (0, 0)
+    talk.say("Hello")
+    assert capfd.readouterr().out
+
+
 class Scripted:
     """Answers that fail or are stopped before their first token, then one that is fine."""
 

@@ -25,7 +25,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> None:
         assert model is None
         return demo_model()
 
-    monkeypatch.setattr("vattention.llm.load_model", load)
+    monkeypatch.setattr("vattention.engine.opening.load_model", load)
 
 
 @pytest.mark.usefixtures("demo")

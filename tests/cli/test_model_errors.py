@@ -75,7 +75,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda d: configure(d, model_type="zzz"), "zzz"),
     "weights of another size": (lambda d: configure(d, intermediate_size=32), "mismatched"),
     "a GGUF file cut short": (cut_gguf, "model.gguf.*damaged"),
-    "a GGUF file that is none": (junk_gguf, "junk.gguf.*damaged"),
+    "a GGUF file that is none": (junk_gguf, "junk.gguf is no GGUF file"),
     "unreadable directory": (lambda d: d.chmod(0), "cannot read .*Permission denied"),
     "unreadable configuration": (lambda d: (d / "config.json").chmod(0), "configuration of .*Permission denied"),
     "unreadable weights": (lambda d: (d / "model.safetensors").chmod(0), "weights of .*Permission denied"),

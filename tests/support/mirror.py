@@ -27,12 +27,14 @@ class Mirror:
     """One cache and the serial numbers of the tokens in its live slots.
 
     Attributes:
-        tokens: live slot -> serial number of each of its tokens.
+        tokens: live slot -> serial number of each of its tokens; 0 for padding, which shows zeros.
+        starts: live slot -> tokens of padding, if it has any.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         self.tokens: dict[int, np.ndarray] = {}
+        self.starts: dict[int, int] = {}
         layout = cache.layout
         as_integer, self._type = _INTEGERS[layout.dtype.itemsize]
         random = np.random.default_rng(layout.num_layers)
@@ -46,6 +48,7 @@ class Mirror:
         """Let go of everything that keeps the cache's addresses alive."""
         self._views.clear()
         self.tokens.clear()
+        self.starts.clear()
 
     # -- changing both ------------------------------------------------------------------------------------------------
 
@@ -57,9 +60,31 @@ class Mirror:
             self.tokens[slot] = np.zeros(0, np.uint64)
         return slot
 
+    def alloc_range(self, count: int) -> range | None:
+        slots = self.cache.alloc_range(count)
+        live = sorted([-1, *self.tokens, self.cache.layout.max_num_seqs])
+        assert (slots is None) == (max(after - before for before, after in itertools.pairwise(live)) <= count)
+        for slot in slots or ():
+            assert slot not in self.tokens
+            self.tokens[slot] = np.zeros(0, np.uint64)
+        assert slots is None or len(slots) == count
+        return slots
+
     def free(self, slot: int) -> None:
         self.cache.free(slot)
         del self.tokens[slot]
+        self.starts.pop(slot, None)
+
+    def pad(self, starts: Mapping[int, int]) -> None:
+        self.cache.pad(starts)
+        self.starts.update(starts)
+
+    def reorder(self, sources: Mapping[int, int]) -> None:
+        self.cache.reorder(sources)
+        tokens = {target: self.tokens[source].copy() for target, source in sources.items()}
+        starts = {target: self.starts.get(source, 0) for target, source in sources.items()}
+        self.tokens.update(tokens)
+        self.starts.update(starts)
 
     def fork(self, slot: int) -> int | None:
         target = self.cache.fork(slot)
@@ -67,15 +92,17 @@ class Mirror:
         if target is not None:
             assert target not in self.tokens
             self.tokens[target] = self.tokens[slot].copy()
+            self.starts[target] = self.starts.get(slot, 0)
         return target
 
     def step(self, lengths: Mapping[int, int]) -> None:
         """Step, then write the tokens that are new, as a forward pass would."""
         self.cache.step(lengths)
         for slot, length in lengths.items():
-            start = len(self.tokens[slot])
+            padding = np.zeros(max(0, min(length, self.starts.get(slot, 0)) - len(self.tokens[slot])), np.uint64)
+            start = len(self.tokens[slot]) + len(padding)
             fresh = np.fromiter(itertools.islice(_serials, max(0, length - start)), np.uint64)
-            self.tokens[slot] = np.concatenate([self.tokens[slot][:length], fresh])
+            self.tokens[slot] = np.concatenate([self.tokens[slot][:length], padding, fresh])
             if len(fresh):
                 for view, codes in self._views:
                     view[slot, start:length] = self._values(fresh, codes)
@@ -95,7 +122,8 @@ class Mirror:
     # -- comparing ----------------------------------------------------------------------------------------------------
 
     def _values(self, serials: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        return serials.astype(self._type)[:, None, None] * self._type(0x9E3779B1 & 0xFFFF | 1) + codes
+        serials = serials.astype(self._type)[:, None, None]
+        return np.where(serials == 0, self._type(0), serials * self._type(0x9E3779B1 & 0xFFFF | 1) + codes)
 
     def check_lengths(self) -> None:
         assert {slot: self.cache.length(slot) for slot in self.tokens} == {
@@ -142,15 +170,45 @@ class Mirror:
         """The cache's page table: page of the address range -> physical page."""
         return dict(self.cache._backing.reservation._table)
 
-    def check_backed(self) -> None:
-        """Invariant 1: each token of a live slot has its pages in every stream."""
+    def needed_places(self) -> set[int]:
+        """Pages of the address range in which tokens of live slots lie, padding left out."""
         page_size = self.cache.pool.page_size
-        table = self.places()
+        places: set[int] = set()
         for slot, serials in self.tokens.items():
+            start = self.starts.get(slot, 0)
+            for stream in self.cache.layout.streams if len(serials) > start else ():
+                base = (stream.offset + slot * stream.size) // page_size
+                first = base + start * stream.token_bytes // page_size
+                places.update(range(first, base + -(-len(serials) * stream.token_bytes // page_size)))
+        return places
+
+    def padding_places(self) -> set[int]:
+        """Pages of the address range in which only padding lies."""
+        page_size = self.cache.pool.page_size
+        places: set[int] = set()
+        for slot, start in self.starts.items():
             for stream in self.cache.layout.streams:
                 first = (stream.offset + slot * stream.size) // page_size
-                for page in range(first, first + -(-len(serials) * stream.token_bytes // page_size)):
-                    assert page in table, f"slot {slot}: page {page} is not mapped"
+                places.update(range(first, first + start * stream.token_bytes // page_size))
+        return places
+
+    def zeros(self) -> list[Run]:
+        """The page that padding shows, where it must show one."""
+        zeros = self.cache._backing.zeros
+        return [] if zeros is None else [zeros]
+
+    def check_backed(self) -> None:
+        """Invariant 1: each token of a live slot has its pages in every stream. Padding has none of its own."""
+        page_size = self.cache.pool.page_size
+        table = self.places()
+        missing = self.needed_places() - set(table)
+        assert not missing, f"pages {missing} are not mapped"
+        zeros = [run.handle for run in self.zeros()]
+        for slot, start in self.starts.items():
+            for stream in self.cache.layout.streams:
+                first = (stream.offset + slot * stream.size) // page_size
+                shown = [table.get(page) for page in range(first, first + start * stream.token_bytes // page_size)]
+                assert shown == (zeros or [None]) * len(shown)
 
     def check_kernel(self, maps: str | None = None) -> None:
         """The kernel's page table is ours, but for pages in quarantine, and takes no more mappings than we count."""
@@ -173,13 +231,15 @@ class Mirror:
         stats = self.cache.stats()
         pool, page = self.cache.pool.stats(), self.cache.pool.page_size
         layout = self.cache.layout
-        needed = sum(map(len, self.tokens.values())) * layout.bytes_per_token
+        needed = sum(map(np.count_nonzero, self.tokens.values())) * layout.bytes_per_token
         assert (stats.needed, stats.live_slots, stats.reserved) == (needed, len(self.tokens), layout.size)
         live = 0
+        zeros = [run.handle for run in self.zeros()]
+        places = [place for place, shown in self.places().items() if shown not in zeros]
         for stream in layout.streams:
             for slot in self.tokens:
                 first = (stream.offset + slot * stream.size) // page
-                live += sum(first <= place < first + stream.size // page for place in self.places())
+                live += sum(first <= place < first + stream.size // page for place in places)
         assert stats.mapped == live * page
         assert stats.mapped >= stats.needed
         assert stats.wasted == stats.mapped - stats.needed
@@ -207,6 +267,7 @@ def check_pool(
     stuck: Counter[int] = Counter()
     for mirror in mirrors:
         references.update(mirror.places().values())
+        references.update(run.handle for run in mirror.zeros())
         for pages in mirror.cache._backing.reservation._stuck.values():
             stuck.update(pages)
     created = set(pool._refs)

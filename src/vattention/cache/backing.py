@@ -17,28 +17,48 @@ from vattention.memory import PagePool, Reservation, Run
 
 @dataclass
 class Slot:
-    """One slot. In every stream its mapped pages are the first ones.
+    """One slot. In every stream its mapped pages are the first ones, or, after padding, those from `first` on.
 
     Attributes:
         live: somebody holds it.
-        length: tokens that may be read or written.
+        length: tokens that may be read or written, padding included.
+        start: tokens of padding before the first one that counts; they read as zeros and are not backed.
         shared: tokens up to which pages may be mapped elsewhere too; writing below it looks before it writes.
-        mapped: pages mapped, by stream.
+        first: pages of padding, by stream.
+        mapped: pages up to which all from `first` on are mapped, by stream.
         covered: tokens all streams have pages for.
     """
 
     streams: int
     live: bool = False
     length: int = 0
+    start: int = 0
     shared: int = 0
     covered: int = 0
+    first: list[int] = field(init=False)
     mapped: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.first = [0] * self.streams
         self.mapped = [0] * self.streams
 
+    @property
+    def pages(self) -> int:
+        """Pages mapped in all its streams."""
+        return sum(self.mapped) - sum(self.first)
 
-class _Part(NamedTuple):
+    @property
+    def tokens(self) -> int:
+        """Tokens that need memory."""
+        return max(0, self.length - self.start)
+
+    @property
+    def used(self) -> bool:
+        """Whether an earlier user left more than pages of its own: padding, or pages that others use too."""
+        return bool(self.shared or self.start)
+
+
+class Part(NamedTuple):
     """Pages of one stream of one slot: [first, first + pages)."""
 
     slot: int
@@ -56,8 +76,8 @@ class Plan:
         pages: pages to take. mappings: mappings this adds at most.
     """
 
-    growths: tuple[_Part, ...] = ()
-    copies: tuple[_Part, ...] = ()
+    growths: tuple[Part, ...] = ()
+    copies: tuple[Part, ...] = ()
     pages: int = 0
     mappings: int = 0
 
@@ -80,8 +100,11 @@ class Backing:
         whole_pages = -(-layout.size // self.page_size) * self.page_size
         self.reservation = Reservation(pool, whole_pages)
         self.slots = [Slot(len(layout.streams)) for _ in range(layout.max_num_seqs)]
-        self._room = [stream.size // self.page_size for stream in layout.streams]
-        self._bytes = self.reservation.tensor(0, (whole_pages,), (1,), torch.uint8)
+        self.room = [stream.size // self.page_size for stream in layout.streams]
+        self.bytes = self.reservation.tensor(0, (whole_pages,), (1,), torch.uint8)
+        self.families = _families(layout)
+        self.copied = 0  # bytes copied from page to page
+        self.zeros: Run | None = None  # what padding shows where reading an address without a page would fault
 
     def close(self) -> None:
         """Give every page back, and the addresses once the last tensor over them dies.
@@ -90,13 +113,20 @@ class Backing:
         """
         self.slots.clear()  # also because the pool asks a closed cache for pages, as long as somebody holds on to it
         self.reservation.close()
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        if self.zeros is not None:
+            self.pool.drop([self.zeros])
+            self.zeros = None
+        self.bytes = torch.empty(0, dtype=torch.uint8)
 
     # -- planning -------------------------------------------------------------------------------------------------
 
     def pages_for(self, tokens: int) -> Iterator[int]:
         """Pages that `tokens` tokens take, by stream."""
         return (-(-tokens * stream.token_bytes // self.page_size) for stream in self.layout.streams)
+
+    def ends_for(self, slot: Slot, tokens: int) -> Iterator[int]:
+        """Pages up to which `slot` must be mapped for `tokens` tokens, by stream."""
+        return map(max, slot.first, self.pages_for(tokens))
 
     def plan(self, number: int, length: int) -> Plan:
         """What slot `number` needs before its tokens up to `length` may be written."""
@@ -111,8 +141,8 @@ class Backing:
         """The pages slot `number` lacks for `length` tokens."""
         slot = self.slots[number]
         growths = tuple(
-            _Part(number, stream, mapped, wanted - mapped)
-            for stream, (mapped, wanted) in enumerate(zip(slot.mapped, self.pages_for(length), strict=True))
+            Part(number, stream, mapped, wanted - mapped)
+            for stream, (mapped, wanted) in enumerate(zip(slot.mapped, self.ends_for(slot, length), strict=True))
             if wanted > mapped
         )
         return Plan(growths, (), sum(part.pages for part in growths), sum(map(self._new_mappings, growths)))
@@ -123,27 +153,27 @@ class Backing:
         linear = self.pool.driver.linear
         return Plan(pages=sum(pages), mappings=sum(2 for count in pages if count) if linear else sum(pages))
 
-    def _new_mappings(self, part: _Part) -> int:
+    def _new_mappings(self, part: Part) -> int:
         """Mappings that a growth adds at most: none where the stream goes on in the page behind its last one."""
         if not self.pool.driver.linear:
             return part.pages
-        if not part.first:
+        if part.first == self.slots[part.slot].first[part.stream]:
             return 2
-        last = self.reservation.page(self._index(part) - 1)
+        last = self.reservation.page(self.index(part) - 1)
         return 0 if last is not None and self.pool.continues(last, part.pages) == part.pages else 2
 
-    def _shared_parts(self, number: int, start: int, end: int) -> Iterator[_Part]:
+    def _shared_parts(self, number: int, start: int, end: int) -> Iterator[Part]:
         """The pages in which tokens [start, end) lie and which are mapped elsewhere too."""
         slot = self.slots[number]
         for stream, spec in enumerate(self.layout.streams):
-            first = start * spec.token_bytes // self.page_size
+            first = max(slot.first[stream], start * spec.token_bytes // self.page_size)
             for page in range(first, min(slot.mapped[stream], -(-end * spec.token_bytes // self.page_size))):
-                part = _Part(number, stream, page, 1)
-                held = self.reservation.page(self._index(part))
+                part = Part(number, stream, page, 1)
+                held = self.reservation.page(self.index(part))
                 if held is not None and self.pool.references(held) > 1:
                     yield part
 
-    def _index(self, part: _Part) -> int:
+    def index(self, part: Part) -> int:
         """The place of a part's first page in the reservation."""
         stream = self.layout.streams[part.stream]
         return (stream.offset + part.slot * stream.size) // self.page_size + part.first
@@ -152,8 +182,8 @@ class Backing:
 
     def apply(self, plan: Plan) -> None:
         """Map everything in `plan`, or, raising what went wrong, nothing."""
-        grown: list[_Part] = []
-        copied: list[tuple[_Part, Run]] = []
+        grown: list[Part] = []
+        copied: list[tuple[Part, Run]] = []
         try:
             for part in plan.growths:
                 self._grow(part)
@@ -162,34 +192,43 @@ class Backing:
                 copied.append((part, self._unshare(part)))
         except BaseException:
             for part, original in reversed(copied):
-                self._attempt(self.reservation.map, self._index(part), [original])
+                self.attempt(self.reservation.map, self.index(part), [original])
             for part in reversed(grown):
-                self._attempt(self.reservation.unmap, self._index(part), part.pages)
+                self.attempt(self.reservation.unmap, self.index(part), part.pages)
             raise
         for _, original in copied:
             self.pool.drop([original])
         for part in grown:
             self.slots[part.slot].mapped[part.stream] += part.pages
         for number in {part.slot for part in grown}:
-            self._measure(number)
+            self.measure(number)
 
-    def _grow(self, part: _Part) -> None:
-        index = self._index(part)
-        last = self.reservation.page(index - 1) if part.first else None
-        runs = self.pool.take(part.pages, after=last, room=self._room[part.stream])
+    def _grow(self, part: Part) -> None:
+        index = self.index(part)
+        slot, begins = self.slots[part.slot], part.first == self.slots[part.slot].first[part.stream]
+        last = None if begins else self.reservation.page(index - 1)
+        runs = self.pool.take(part.pages, after=last, room=self.room[part.stream])
         self.reservation.map(index, runs)
+        if begins and slot.start:  # the end of the padding lies in this page
+            self.bytes[index * self.page_size :][: self._bytes_before(slot, part)].zero_()
 
-    def _unshare(self, part: _Part) -> Run:
+    def _bytes_before(self, slot: Slot, part: Part) -> int:
+        """Bytes of padding in a part."""
+        start = slot.start * self.layout.streams[part.stream].token_bytes
+        return max(0, min(start - part.first * self.page_size, part.pages * self.page_size))
+
+    def _unshare(self, part: Part) -> Run:
         """Put a page of its own with the same live bytes behind `part`; return the old one, with a reference held."""
-        index = self._index(part)
+        index = self.index(part)
         page = self.reservation.page(index)
         assert page is not None
         original = Run(page, 1)
         slot, spec = self.slots[part.slot], self.layout.streams[part.stream]
-        live = min(self.page_size, max(0, slot.length * spec.token_bytes - part.first * self.page_size))
-        here = self._bytes[index * self.page_size :][:live]
+        tokens = max(slot.length, slot.start)
+        live = min(self.page_size, max(0, tokens * spec.token_bytes - part.first * self.page_size))
+        here = self.bytes[index * self.page_size :][:live]
         kept = here.clone()
-        runs = self.pool.take(1, room=self._room[part.stream])
+        runs = self.pool.take(1, room=self.room[part.stream])
         self.pool.share([original])
         try:
             self.reservation.map(index, runs)
@@ -197,45 +236,68 @@ class Backing:
             self.pool.drop([original])
             raise
         here.copy_(kept)
+        self.copied += live
         return original
 
-    def _attempt(self, undo: Callable[..., None], *args: object) -> None:
+    def attempt(self, undo: Callable[..., None], *args: object) -> None:
         """Undo as far as it goes: what cannot be undone is in quarantine or maps the same bytes."""
         with contextlib.suppress(VAttentionError):
             undo(*args)
 
-    def _measure(self, number: int) -> None:
+    def measure(self, number: int) -> None:
+        """Work out what slot `number` covers, after its pages changed."""
         slot = self.slots[number]
         slot.covered = min(
             pages * self.page_size // stream.token_bytes
             for pages, stream in zip(slot.mapped, self.layout.streams, strict=True)
         )
 
-    def fork(self, source: int, target: int) -> None:
-        """Give slot `target`, which has no pages, the tokens of `source`: full pages shared, the tail copied.
+    def pad(self, number: int, start: int) -> None:
+        """Make the first `start` tokens of slot `number`, which has no pages, padding.
 
-        Raises what taking or mapping raises, with `target` empty again.
+        Where reading an address without a page would fault, one page of zeros is put behind all of it.
+        Raises what taking or mapping raises, without padding then.
         """
-        tokens = self.slots[source].length
+        slot = self.slots[number]
+        firsts = [start * stream.token_bytes // self.page_size for stream in self.layout.streams]
+        if self.pool.driver.guard and any(firsts):
+            self._show_zeros(number, firsts)
+        elif not self.reservation.settled:  # a page that could not be unmapped would show
+            for stream, pages in enumerate(firsts):
+                self.reservation.unmap(self.index(Part(number, stream, 0, 0)), pages)
+        slot.start, slot.first, slot.mapped = start, firsts, list(firsts)
+        self.measure(number)
+
+    def _show_zeros(self, number: int, pages: list[int]) -> None:
+        """Put the page of zeros behind the first `pages` pages of every stream of a slot."""
+        zeros = self.zeros or self.pool.take(1)[0]
+        parts = [Part(number, stream, 0, count) for stream, count in enumerate(pages) if count]
         try:
-            for number, stream in enumerate(self.layout.streams):
-                full, tail = divmod(tokens * stream.token_bytes, self.page_size)
-                here, there = _Part(source, number, 0, full), _Part(target, number, 0, full)
-                runs = self.reservation.runs(self._index(here), full)
-                rest = self.pool.take(1, room=self._room[number]) if tail else []
-                self.pool.share(runs)
-                self.slots[target].mapped[number] = full + len(rest)  # before mapping: a failure is unmapped with it
-                self.reservation.map(self._index(there), runs + rest)
-                if tail:
-                    start = (self._index(there) + full) * self.page_size
-                    origin = (self._index(here) + full) * self.page_size
-                    self._bytes[start : start + tail].copy_(self._bytes[origin : origin + tail])
+            for part in parts:
+                self.pool.share([zeros] * part.pages)
+                self.reservation.map(self.index(part), [zeros] * part.pages)
         except BaseException:
-            self._attempt(self.release, target)
+            for part in parts:
+                self.attempt(self.reservation.unmap, self.index(part), part.pages)
+            if self.zeros is None:
+                self.pool.drop([zeros])
             raise
-        self._measure(target)
-        for number in (source, target):
-            self.slots[number].shared = max(self.slots[number].shared, tokens)
+        if self.zeros is None:
+            self.bytes[self.index(parts[0]) * self.page_size :][: self.page_size].zero_()
+            self.zeros = zeros
+
+    def empty(self, number: int) -> None:
+        """Take all pages, and the padding, of slot `number` away. Raises DriverError as `release` does."""
+        slot = self.slots[number]
+        firsts = slot.first
+        try:
+            self.release(number)
+        finally:
+            slot.start, slot.first, slot.mapped = 0, [0] * len(firsts), [0] * len(firsts)
+            self.measure(number)
+            if self.zeros is not None:
+                for stream, pages in enumerate(firsts):
+                    self.attempt(self.reservation.unmap, self.index(Part(number, stream, 0, 0)), pages)
 
     # -- taking back ----------------------------------------------------------------------------------------------
 
@@ -246,7 +308,7 @@ class Backing:
         """
         slot = self.slots[number]
         failure: DriverError | None = None
-        for stream, wanted in enumerate(self.pages_for(tokens)):
+        for stream, wanted in enumerate(self.ends_for(slot, tokens)):
             pages = max(0, slot.mapped[stream] - wanted)
             if at_most is not None:
                 pages = min(pages, at_most)
@@ -254,26 +316,26 @@ class Backing:
                 continue
             slot.mapped[stream] -= pages
             try:
-                self.reservation.unmap(self._index(_Part(number, stream, slot.mapped[stream], 0)), pages)
+                self.reservation.unmap(self.index(Part(number, stream, slot.mapped[stream], 0)), pages)
             except DriverError as error:
                 failure = error
-        self._measure(number)
-        if not any(slot.mapped):
+        self.measure(number)
+        if not slot.pages:
             slot.shared = 0
         if failure:
             raise failure
 
-    def surplus(self, keep: Mapping[int, int]) -> Iterator[_Part]:
+    def surplus(self, keep: Mapping[int, int]) -> Iterator[Part]:
         """What is mapped past the length of live slots, or past `keep` tokens if that is more, and in idle slots."""
         for number, slot in enumerate(self.slots):
-            if not any(slot.mapped):
+            if not slot.pages:
                 continue
             tokens = max(slot.length, keep.get(number, 0))
-            for stream, (mapped, wanted) in enumerate(zip(slot.mapped, self.pages_for(tokens), strict=True)):
+            for stream, (mapped, wanted) in enumerate(zip(slot.mapped, self.ends_for(slot, tokens), strict=True)):
                 if mapped > wanted:
-                    yield _Part(number, stream, wanted, mapped - wanted)
+                    yield Part(number, stream, wanted, mapped - wanted)
 
-    def reclaimable(self, keep: Mapping[int, int], copies: Iterable[_Part] = ()) -> int:
+    def reclaimable(self, keep: Mapping[int, int], copies: Iterable[Part] = ()) -> int:
         """Pages that would be free, or of `copies` not be needed any more, if the whole surplus were unmapped.
 
         Quarantined pages count too: what reclaims them tries once more.
@@ -282,32 +344,32 @@ class Backing:
             return sum(part.pages for part in self.surplus(keep))
         places = Counter(self.reservation.quarantined())
         for part in self.surplus(keep):
-            index = self._index(part)
+            index = self.index(part)
             for place in range(index, index + part.pages):
                 page = self.reservation.page(place)
                 if page is not None:
                     places[page] += 1
         freed = sum(self.pool.references(page) == count for page, count in places.items())
-        copied = [self.reservation.page(self._index(part)) for part in copies]
+        copied = [self.reservation.page(self.index(part)) for part in copies]
         return freed + sum(self.pool.references(page) - places[page] == 1 for page in copied if page is not None)
 
     def unused_mappings(self) -> int:
         """Mappings that emptying the slots without tokens gives back at least."""
         return sum(
-            self.reservation.mappings_of(self._index(_Part(number, stream, 0, 0)), pages)
+            self.reservation.mappings_of(self.index(Part(number, stream, first, 0)), end - first)
             for number, slot in enumerate(self.slots)
-            for stream, pages in enumerate(slot.mapped)
-            if pages and not slot.length
+            for stream, (first, end) in enumerate(zip(slot.first, slot.mapped, strict=True))
+            if end > first and not slot.length
         )
 
     def reclaim(self, goal: int, keep: Mapping[int, int]) -> None:
         """Unmap surplus until the pool has `goal` pages available: idle slots first, those with most pages first."""
-        order = sorted(range(len(self.slots)), key=lambda n: (self.slots[n].live, -max(self.slots[n].mapped)))
+        order = sorted(range(len(self.slots)), key=lambda n: (self.slots[n].live, -self.slots[n].pages))
         for number in order:
             slot = self.slots[number]
             tokens = max(slot.length, keep.get(number, 0))
             while self.pool.available < goal and any(
-                mapped > wanted for mapped, wanted in zip(slot.mapped, self.pages_for(tokens), strict=True)
+                mapped > wanted for mapped, wanted in zip(slot.mapped, self.ends_for(slot, tokens), strict=True)
             ):
                 short = goal - self.pool.available
                 self.release(number, tokens, at_most=-(-short // len(slot.mapped)))
@@ -335,26 +397,33 @@ class Backing:
         """
         for number, slot in enumerate(self.slots):
             for stream, spec in enumerate(self.layout.streams):
-                first = slot.length * spec.token_bytes // self.page_size
-                part = _Part(number, stream, first, slot.mapped[stream] - first)
+                written = max(slot.length, slot.start) * spec.token_bytes
+                first = written // self.page_size
+                part = Part(number, stream, first, slot.mapped[stream] - first)
                 if part.pages > 0:
-                    low = self._index(_Part(number, stream, 0, 0)) * self.page_size + slot.length * spec.token_bytes
+                    low = self.index(Part(number, stream, 0, 0)) * self.page_size + written
                     for start, end in self._own_ranges(part) if slot.shared else [self._range(part)]:
-                        self._bytes[max(start, low) : end].fill_(0xFF)
+                        self.bytes[max(start, low) : end].fill_(0xFF)
 
-    def _range(self, part: _Part) -> tuple[int, int]:
+    def _range(self, part: Part) -> tuple[int, int]:
         """First byte of a part in the reservation, and the one past its last."""
-        start = self._index(part) * self.page_size
+        start = self.index(part) * self.page_size
         return start, start + part.pages * self.page_size
 
-    def _own_ranges(self, part: _Part) -> Iterator[tuple[int, int]]:
+    def _own_ranges(self, part: Part) -> Iterator[tuple[int, int]]:
         """The byte ranges of the pages in a part that are mapped nowhere else."""
         for page in range(part.first, part.first + part.pages):
-            single = _Part(part.slot, part.stream, page, 1)
-            held = self.reservation.page(self._index(single))
+            single = Part(part.slot, part.stream, page, 1)
+            held = self.reservation.page(self.index(single))
             if held is not None and self.pool.references(held) == 1:
                 yield self._range(single)
 
     def mapped_pages(self, slots: Iterable[Slot]) -> int:
         """Pages mapped in `slots`, by place."""
-        return sum(sum(slot.mapped) for slot in slots)
+        return sum(slot.pages for slot in slots)
+
+
+def _families(layout: KVLayout) -> list[range]:
+    """The streams, in ranges whose slots are all of one size and the same distance apart."""
+    starts = [i for i, stream in enumerate(layout.streams) if not i or stream.size != layout.streams[i - 1].size]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(layout.streams)], strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import weakref
@@ -15,6 +16,7 @@ import torch
 
 from vattention.cache.backing import Backing
 from vattention.cache.layout import KVLayout
+from vattention.cache.moving import apply_moves, plan_moves
 from vattention.cache.opening import integer, open_pool
 from vattention.cache.room import WATERMARK, Room
 from vattention.cache.stats import CacheStats
@@ -107,19 +109,51 @@ class KVCache:
             if not idle:
                 return None
             number = min(idle, key=lambda number: self._fitness(number, tokens))
-            slot = self._slots[number]
-            if slot.shared:  # a new request writes from 0 on, so pages that others use are of no use to it
-                self._backing.release(number)
-            elif tokens:
-                self._backing.release(number, tokens)
-            slot.live = True
-            self._wants_idle_slot = True
+            self._take(number, tokens)
             return number
+
+    def alloc_range(self, count: SupportsIndex) -> range | None:
+        """Take `count` slots at neighbouring addresses, with length 0; None when there are not that many together.
+
+        Their part of a layer is one strided view, `k[slots.start:slots.stop]`: the rows of a batch.
+
+        Raises:
+            InvalidRequest: `count` below 1. DriverError: unmapping failed; slots taken by then are idle.
+        """
+        wanted = integer(count, "count")
+        if wanted < 1:
+            raise InvalidRequest(f"count must be at least 1, got {wanted}")
+        with self._owned():
+            free = 0
+            for number, slot in enumerate(self._slots):
+                free = 0 if slot.live else free + 1
+                if free == wanted:
+                    slots = range(number + 1 - wanted, number + 1)
+                    for taken in slots:
+                        self._empty_used(taken)
+                    for taken in slots:
+                        self._slots[taken].live = True
+                    return slots
+            return None
+
+    def _take(self, number: int, tokens: int) -> None:
+        """Make an idle slot live, for `tokens` tokens if that is not 0."""
+        if not self._empty_used(number) and tokens:
+            self._backing.release(number, tokens)
+        self._slots[number].live = True
+        self._wants_idle_slot = True
+
+    def _empty_used(self, number: int) -> bool:
+        """A new request writes from 0 on, so padding, and pages that others use, are of no use to it."""
+        used = self._slots[number].used
+        if used:
+            self._backing.empty(number)
+        return used
 
     def _fitness(self, number: int, tokens: int) -> tuple[int, int]:
         """Sorts idle slots, the best for `tokens` tokens first."""
         slot = self._slots[number]
-        if slot.shared:
+        if slot.used:
             return 3, 0
         if not slot.covered:
             return 2, 0
@@ -152,16 +186,69 @@ class KVCache:
             idle = [number for number, state in enumerate(self._slots) if not state.live]
             if not idle:
                 return None
-            target = min(idle, key=lambda number: max(self._slots[number].mapped))
-            if any(self._slots[target].mapped):
-                self._backing.release(target)
-            self._backing.reservation.settle()
-            tokens = self._slots[source].length
-            plan = self._room.make(self._room.plan_fork(tokens), {})
-            self._room.insist(lambda: self._backing.fork(source, target), plan.pages, {})
-            self._slots[target].live = True
-            self._slots[target].length = tokens
+            target = min(idle, key=lambda number: self._slots[number].pages)
+            self._move({target: source})
             return target
+
+    def reorder(self, sources: Mapping[int, int]) -> None:
+        """Make each slot that is named hold what the slot it maps to holds now, all at once.
+
+        Full pages are shared and stay in place where they are the right ones already; only tails are copied, less than
+        a page of each stream. A source may be used several times, or overwritten itself. An idle slot becomes live.
+        What a slot held before, and nobody holds any more, is given back to the pool. Beam search is this:
+        `cache.reorder({row: beam for row, beam in enumerate(beam_idx)})`.
+
+        Args:
+            sources: slot -> the live slot whose tokens, and padding, it is to have.
+
+        Raises:
+            InvalidRequest: a source that is not live, or a slot that is not there.
+            OutOfPages, DriverError: nothing has changed.
+        """
+        with self._owned():
+            if not isinstance(sources, Mapping):
+                raise TypeError(f"sources must map slots to slots, not {type(sources).__name__}")
+            wanted = {integer(target, "a slot"): self._checked_slot(source) for target, source in sources.items()}
+            for target in wanted:
+                if not 0 <= target < len(self._slots):
+                    raise InvalidRequest(f"slot {target} is not one of the {len(self._slots)} slots")
+            self._move(wanted)
+
+    def _move(self, sources: Mapping[int, int]) -> None:
+        self._backing.reservation.settle()
+        for target in sources:  # an idle slot's padding and shared pages are leftovers
+            if not self._slots[target].live:
+                self._empty_used(target)
+        cost = self._room.make(plan_moves(self._backing, sources).cost, {})
+        self._room.insist(lambda: apply_moves(self._backing, plan_moves(self._backing, sources)), cost.pages, {})
+        for target in sources:
+            self._slots[target].live = True
+
+    def pad(self, starts: Mapping[int, int]) -> None:
+        """Say that the first tokens of empty slots are padding: they read as zeros, and no page is ever behind them.
+
+        Lengths count padding too, so that rows of different prompts end at the same place. Never write there.
+
+        Args:
+            starts: live slot of length 0 -> tokens of padding before its first token.
+
+        Raises:
+            InvalidRequest: a slot that is not live or has tokens, or a number outside 0..max_model_len.
+            OutOfPages, DriverError: of pages for zeros, where an address without a page cannot be read (guard mode,
+                devices). Slots keep their padding or have none; none has lost a token.
+        """
+        with self._owned():
+            wanted = self._checked(starts)
+            for number in wanted:
+                if self._slots[number].length:
+                    raise InvalidRequest(f"slot {number} has tokens already: pad it before its first step")
+            if not self._backing.reservation.settled:
+                self._backing.reservation.settle()
+            for number, start in wanted.items():
+                if self._slots[number].start != start:
+                    self._backing.empty(number)
+                    if start:
+                        self._room.insist(functools.partial(self._backing.pad, number, start), 1, {})
 
     def length(self, slot: SupportsIndex) -> int:
         """Tokens of a live slot."""
@@ -318,7 +405,7 @@ class KVCache:
             pool = self.pool.stats()
             live = [slot for slot in self._slots if slot.live]
             mapped = self._backing.mapped_pages(live) * page
-            needed = sum(slot.length for slot in live) * self.layout.bytes_per_token
+            needed = sum(slot.tokens for slot in live) * self.layout.bytes_per_token
             return CacheStats(
                 reserved=self.layout.size,
                 budget=pool.budget * page,
@@ -333,6 +420,7 @@ class KVCache:
                 pages_in_use=pool.in_use,
                 pages_quarantined=pool.quarantined,
                 live_slots=len(live),
+                copied=self._backing.copied,
                 driver_calls=dict(self.pool.meter.calls),
                 driver_seconds=self.pool.meter.seconds,
                 prefetch_failures=self._prefetch_failures,

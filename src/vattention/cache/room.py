@@ -35,12 +35,6 @@ class Room:
                 plan += self._backing.plan(number, length)
         return plan
 
-    def plan_fork(self, tokens: int) -> Plan:
-        """What a fork of `tokens` tokens takes: a page for each stream whose last page is not full."""
-        tails = sum(tokens * stream.token_bytes % self._pool.page_size > 0 for stream in self._backing.layout.streams)
-        new = self._backing.plan_new(tokens)
-        return Plan(pages=tails, mappings=new.mappings + tails)
-
     def shortage(self, plan: Plan, wanted: Mapping[int, int]) -> OutOfPages | None:
         """The error that applying `plan` would meet, everything reclaimable counted; None when it fits."""
         mappings = self._pool.driver.mappings.free

@@ -15,7 +15,7 @@ class CacheStats:
         budget: physical memory the pool may create.
         created: physical memory the pool has created. Each page once, however often it is mapped.
         mapped: pages of live slots, at every place they are mapped; what a finished request left in a slot included.
-        needed: what the tokens of live slots take.
+        needed: what the tokens of live slots take, padding not counted.
         wasted: `mapped - needed`.
         reclaimable: created memory that a step could take for others: idle slots, and pages past a live slot's length.
         mappings: mappings to the kernel that this cache's addresses take.
@@ -23,6 +23,8 @@ class CacheStats:
         pages_free, pages_in_use, pages_quarantined: created pages of the pool by state. Quarantined pages are out of
             use because unmapping them failed.
         live_slots: slots in use.
+        copied: bytes copied from page to page, over the cache's life: tails of forks and reorders, and what writing
+            into a shared page takes along. Never a full page.
         driver_calls: calls by verb, over the pool's life. driver_seconds: time in them.
         prefetch_failures: times background growth ended in a driver error.
     """
@@ -40,6 +42,7 @@ class CacheStats:
     pages_in_use: int
     pages_quarantined: int
     live_slots: int
+    copied: int
     driver_calls: Mapping[str, int]
     driver_seconds: float
     prefetch_failures: int

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vattention.cli.figures import Fullest, in_words
 from vattention.cli.prompts import chat_ids, check_template
+from vattention.errors import EngineError, VAttentionError
 
 if TYPE_CHECKING:
     from vattention.engine.sampling_params import SamplingParams
@@ -69,6 +70,11 @@ class EngineAnswers:
             with Fullest(self._llm) as self._fullest:
                 while not request.finished:
                     engine.step()
+                    if isinstance(request.error, VAttentionError):
+                        raise request.error
+                    if request.error is not None:
+                        what = f"{type(request.error).__name__}: {request.error}"
+                        raise EngineError(f"the engine failed while it computed this answer: {what}") from request.error
                     sample = engine.output(request).outputs[0]
                     self._tokens = prompt + len(sample.token_ids)
                     yield Piece(

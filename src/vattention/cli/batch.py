@@ -20,7 +20,7 @@ from vattention.cli.figures import Fullest
 from vattention.cli.json_lines import LineReader, LineWriter, parse
 from vattention.cli.options import FAILED, open_llm
 from vattention.cli.prompts import chat_ids, has_template, sampling_params, text_ids
-from vattention.errors import ConfigError, InvalidRequest, OutOfPages
+from vattention.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from vattention.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -231,20 +231,15 @@ class Batch:
 
     def _step(self) -> None:
         engine = self._llm.engine
-        try:
-            self._tokens += len(engine.step())
-        except OutOfPages as error:
-            # A prompt that has no room though it is alone: the engine has given it up, and the others wait unharmed.
-            lost = [job for job in self._jobs if job.request is not None and _aborted(job.request)]
-            if not lost:
-                raise
-            for job in lost:
-                job.answer = {**job.item.name, "error": f"line {job.item.number}: {error}"}
-                job.request = None
+        self._tokens += len(engine.step())
         for job in self._jobs:
-            if job.request is not None and job.request.all_finished:
+            if job.request is None or not job.request.all_finished:
+                continue
+            if job.request.error is not None:
+                job.answer = {**job.item.name, "error": f"line {job.item.number}: {job.request.error}"}
+            else:
                 job.answer = {**job.item.name, **answer(engine.output(job.request, job.prompt))}
-                job.request = None
+            job.request = None
 
     def _write(self) -> None:
         while self._jobs and self._jobs[0].answer is not None:
@@ -315,10 +310,6 @@ def _ahead(args: argparse.Namespace) -> int:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
-def _aborted(request: Request) -> bool:
-    return request.all_finished and any(sample.finish_reason == "abort" for sample in request.family)
 
 
 def _known() -> frozenset[str]:

@@ -22,12 +22,12 @@ from vattention.errors import ConfigError
 
 def add_to(commands: Any) -> None:
     """Add the command, and its own."""
-    parser = commands.add_parser(
-        "bench", help="measurements: memory, growth, driver, kernels", description="Measurements."
-    )
+    about = "measurements: memory, growth, generate, driver, kernels"
+    parser = commands.add_parser("bench", help=about, description="Measurements.")
     benches = parser.add_subparsers(required=True, metavar="WHAT")
     _add_memory(benches)
     _add_growth(benches)
+    _add_generate(benches)
     _add_driver(benches)
     _add_kernels(benches)
 
@@ -87,6 +87,21 @@ def _add_growth(to: Any) -> None:
     add_layout(parser)
 
 
+def _add_generate(to: Any) -> None:
+    about = "decode under transformers' own generate(), by cache and by attention function"
+    parser = add_command(to, "generate", generate, about, _GENERATE)
+    add = parser.add_argument
+    add_model(parser, dtype="bfloat16")
+    add("--memory", action="store_true", default=argparse.SUPPRESS, help="count bytes held and moved; time nothing")
+    add("--contexts", type=numbers, metavar="N,...", help="tokens before those that are decoded (2000,8000)")
+    add("--batch", type=int, metavar="N", help="rows (4)")
+    add("--tokens", type=int, metavar="N", help="decoded in a round of a side (8)")
+    add("--rounds", type=int, metavar="N", help="of each side (5)")
+    add("--min-cache", type=float, metavar="X", help="times as fast the cache alone must be (1)")
+    add("--min-both", type=float, metavar="X", help="times as fast cache and attention must be together (2)")
+    add("--json", metavar="F", help="write the result to this file")
+
+
 def _add_driver(to: Any) -> None:
     about = "time each call of the driver, by page size"
     parser = add_command(to, "driver", driver, about, _DRIVER)
@@ -133,6 +148,13 @@ def growth(args: argparse.Namespace) -> int:
     return run(filled(GrowthBench, args, engine=EngineOptions(**given(args, ("device", *CAPACITY, *LAYOUT)))))
 
 
+def generate(args: argparse.Namespace) -> int:
+    """Decode under transformers' generate(), by cache and by attention function."""
+    from vattention.bench.generate import GenerateBench, run
+
+    return run(filled(GenerateBench, args))
+
+
 def driver(args: argparse.Namespace) -> int:
     """Time each call of the driver."""
     from vattention.bench.driver import report
@@ -169,6 +191,16 @@ Exit code 1: the engine's thread made a driver call between two tokens, or decod
 examples:
   vattention bench growth
   vattention bench growth --requests 4 --page-size 4KiB --rounds 9 --json growth.json
+"""
+
+_GENERATE = """\
+DynamicCache and VirtualCache, each with attn_implementation="sdpa" and "vattention", take turns in one process.
+Exit code 1: a bar of speed (--min-cache, --min-both) or of memory is missed.
+
+examples:
+  vattention bench generate
+  vattention bench generate --contexts 500,4000 --rounds 9 --json generate.json
+  vattention bench generate --memory
 """
 
 _DRIVER = """\

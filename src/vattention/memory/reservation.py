@@ -178,6 +178,31 @@ class Reservation:
             self._unstick(index, pages)
             self.pool.drop(_as_runs(removed.values(), self._step))
 
+    def put_back(self, index: int, pages: Sequence[int | None]) -> None:
+        """Undo `map` and `unmap`: show `pages` (None: nothing) from `index` on again, taking over one reference each.
+
+        Never fails. Where the driver does, the page table says so all the same, what is shown instead is in
+        quarantine, and `settle` tries again.
+        """
+        index, _ = self._range(index, len(pages))
+        with self.pool.lock:
+            change = self._change(index, pages)
+            self.mappings += change
+            self._driver.mappings.charge(change, force=True)
+            for place, page in enumerate(pages, start=index):
+                shown = self._table.pop(place, None)
+                if page is not None:
+                    self._table[place] = page
+                try:
+                    self._restore(place)
+                except DriverError:
+                    self._stuck.setdefault(place, [])
+                    if shown is not None:
+                        self._quarantine(place, shown)
+                else:
+                    self._unstick(place, 1)
+                    self.pool.drop([] if shown is None else [Run(shown, 1)])
+
     def quarantined(self) -> Iterator[int]:
         """The physical pages whose unmapping failed, once for every place. `settle` may set them free."""
         return itertools.chain.from_iterable(self._stuck.values())
