@@ -389,7 +389,6 @@ def test_use_after_close(tiny: LoadedModel) -> None:
     [
         ({"cache": "paged"}, "not built yet"),
         ({"enable_prefix_caching": True}, "not built yet"),
-        ({"compile": True}, "not built yet"),
         ({"device": "cuda"}, "not built yet"),
         ({"dtype": "int4"}, "dtype"),
         ({"dtype": "bfloat16"}, "was loaded in"),

@@ -24,14 +24,14 @@ _library.define(
 )
 
 
-def new_ticket(device: torch.device) -> torch.Tensor:
-    """A ticket for nothing: attention is zeros then, and no cache is touched. That is how compilers are warmed up."""
-    return torch.zeros(1, device=device)
+def new_ticket(batch: AttentionBatch | None, device: torch.device) -> torch.Tensor:
+    """A ticket for `batch`, or for nothing: attention is zeros then, and no cache is touched.
 
-
-def give(ticket: torch.Tensor, batch: AttentionBatch | None) -> None:
-    """Have `ticket` stand for `batch`, or for nothing."""
+    The latter is for compiling ahead.
+    """
+    ticket = torch.zeros(1, device=device)
     setattr(ticket, _ATTRIBUTE, batch)
+    return ticket
 
 
 def attend(
@@ -60,7 +60,8 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    batch: AttentionBatch | None = getattr(ticket, _ATTRIBUTE, None)
+    # Without a default: a compiler that hands on another tensor than it got must not pass for a ticket for nothing.
+    batch: AttentionBatch | None = getattr(ticket, _ATTRIBUTE)
     if batch is None:
         return _shape(query, value).zero_()
     return batch.compute(int(layer), query, key, value, Features(scaling, window, softcap, sinks))

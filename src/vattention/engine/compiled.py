@@ -18,13 +18,14 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from vattention.attention import operator
+from vattention.attention import native, operator
 from vattention.attention.base import LAYER, NAME, AttentionBatch
 from vattention.engine.linears import can_pack, merge_linears, run_packed
 
@@ -33,81 +34,104 @@ _ROWS = (8, 1)
 
 
 class CompiledModel:
-    """A model of transformers, compiled in the background.
+    """The compiled layers of a model. Made by `compile_model`, one for each model; any number of threads may use it.
 
     Args:
-        model: as `Runner` takes it; in use by nobody else while the constructor runs.
+        model: as `Runner` takes it. Kept only until it is compiled.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._ticket = operator.new_ticket(next(model.parameters()).device)
         self._failure: BaseException | None = None
-        self._running: int | None = None
-        _number_layers(model)
-        run = _compile(_run_layer)
-        for layer in decoder_layers(model):
-            _divert(layer, functools.partial(run, layer), lambda: self._running == threading.get_ident())
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if type(head) is nn.Linear and can_pack(head.weight):
-            _divert(head, functools.partial(run_packed, head), lambda: self._running == threading.get_ident())
+        self._warned = False
+        self._ours = threading.local()  # whether this thread is in a pass of ours
         # Not a daemon: the interpreter must not be taken away under a compiler.
-        self._thread: threading.Thread | None = threading.Thread(target=self._prepare, name="vattention-compile")
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._prepare, args=(model,), name="vattention-compile"
+        )
         self._thread.start()
 
     @property
     def ready(self) -> bool:
-        """Whether passes run compiled. The first caller to see that they never will gets the warning."""
+        """Whether passes may run compiled. The first caller to see that they never will gets the warning."""
         if self._thread is not None:
             if self._thread.is_alive():
                 return False
             self._thread = None
-            if self._failure is not None:
-                self._warn(self._failure)
+        if self._failure is not None and not self._warned:
+            self._warned = True
+            _warn(self._failure)
         return self._failure is None
 
     def wait(self) -> None:
         """Return when compiling has ended, one way or the other."""
-        if self._thread is not None:
-            self._thread.join()
-        self.ready  # noqa: B018
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+        self.ready  # noqa: B018 (for its warning)
 
-    def __call__(self, batch: AttentionBatch, **inputs: Any) -> Any:
+    def run(self, model: nn.Module, batch: AttentionBatch, **inputs: Any) -> Any | None:
         """A pass of the model over `batch`, once `ready`. `inputs` are those of the model's forward.
 
-        Raises: what the model raises. A failure of the compiler ends compiled passes, with a warning.
+        Returns:
+            The model's output; None, for good, where the compiler fails after all. A new batch then does without it.
         """
-        operator.give(self._ticket, batch)
-        try:
-            return self._forward(**inputs)
-        finally:
-            operator.give(self._ticket, None)
+        from torch._dynamo.exc import TorchDynamoException
 
-    def _forward(self, **inputs: Any) -> Any:
-        self._running = threading.get_ident()
         try:
-            return self._model(**inputs, use_cache=False, **{NAME: self._ticket})
+            return self._forward(model, batch, **inputs)
+        except TorchDynamoException as error:
+            self._failure = error
+            return None
+
+    def _forward(self, model: nn.Module, batch: AttentionBatch | None, **inputs: Any) -> Any:
+        ticket = operator.new_ticket(batch, inputs["input_ids"].device)
+        self._ours.now = True
+        try:
+            return model(**inputs, use_cache=False, **{NAME: ticket})
         finally:
-            self._running = None
+            self._ours.now = False
+
+    def _divert(self, module: nn.Module, compiled: Callable[..., Any]) -> None:
+        """Have calls of `module` go to `compiled` in passes that are ours."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (compiled if getattr(self._ours, "now", False) else module._call_impl)(*args, **kwargs)
+
+        # The attribute in which torch keeps what `Module.compile` makes: calling, copying and pickling know it.
+        module._compiled_call_impl = call
 
     @torch.inference_mode()
-    def _prepare(self) -> None:
+    def _prepare(self, model: nn.Module) -> None:
         try:
-            device = self._ticket.device
+            native.find_compiler()
+            layers = decoder_layers(model)
+            for part in (part for layer in layers for part in _attentions(layer)):
+                setattr(part, LAYER, torch.tensor(part.layer_idx))
+            run = _compile()
+            for layer in layers:
+                self._divert(layer, functools.partial(run, layer))
+            head = model.get_output_embeddings()  # type: ignore[operator]
+            if type(head) is nn.Linear and can_pack(head.weight):
+                self._divert(head, functools.partial(run_packed, head))
+            device = next(model.parameters()).device
             for rows in _ROWS:
                 numbers = torch.zeros((1, rows), dtype=torch.int64, device=device)
                 keep = torch.zeros(1, dtype=torch.int64, device=device)
-                self._forward(input_ids=numbers, position_ids=numbers, logits_to_keep=keep)
+                self._forward(model, None, input_ids=numbers, position_ids=numbers, logits_to_keep=keep)
         except Exception as error:  # noqa: BLE001 (a compiler is many libraries; all of them leave eager passes)
             self._failure = error
 
-    def _warn(self, error: BaseException) -> None:
-        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
-        warnings.warn(
-            f"the model is not compiled, and runs as it is, slower: {type(error).__name__}: {reason[:300]}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+
+_models: weakref.WeakKeyDictionary[nn.Module, CompiledModel] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def compile_model(model: nn.Module) -> CompiledModel:
+    """Compile a model in the background, or find that somebody else with the same weights has."""
+    with _lock:
+        if model not in _models:
+            _models[model] = CompiledModel(model)
+        return _models[model]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -129,33 +153,31 @@ def _attentions(module: nn.Module) -> Iterator[nn.Module]:
     return (part for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int))
 
 
-def _number_layers(model: nn.Module) -> None:
-    for part in _attentions(model):
-        setattr(part, LAYER, torch.tensor(part.layer_idx))
+def _warn(error: BaseException) -> None:
+    if isinstance(error, FileNotFoundError):
+        native.warn(error)
+        return
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    warnings.warn(
+        f"the model runs uncompiled, slower: it cannot be compiled ({type(error).__name__}: {reason[:300]})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
-def _divert(module: nn.Module, compiled: Callable[..., Any], ours: Callable[[], bool]) -> None:
-    """Have calls of `module` go to `compiled` in passes that are ours."""
-    # The attribute in which torch keeps what `Module.compile` makes: calling, copying and pickling know it.
-    before = module._compiled_call_impl or module._call_impl
+def _compile() -> Callable[..., Any]:
+    """A function that calls a layer, compiled; with graphs of its own."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if ours() else before)(*args, **kwargs)
+    def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return layer._call_impl(*args, **kwargs)
 
-    module._compiled_call_impl = call
-
-
-def _run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return layer._call_impl(*args, **kwargs)
-
-
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx  # takes seconds to import
 
         merge_linears(graph)
         return compile_fx(graph, inputs)
 
+    # Dynamo keeps graphs by code object, and gives up after a few: models must not share one.
+    run.__code__ = run.__code__.replace()
     # The whole layer or nothing: a layer in pieces would be compiled for minutes, and again for other data.
-    # Isolated: dynamo would count the graphs of all models together, and give up after a few.
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend, isolate_recompiles=True)
+    return torch.compile(run, fullgraph=True, dynamic=True, backend=backend)

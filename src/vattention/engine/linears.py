@@ -10,8 +10,10 @@ is left to torch, whose results the tests compare to.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ def run_packed(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 def merge_linears(graph: torch.fx.GraphModule) -> None:
     """Replace the linear layers of a graph, in place, by as few calls of `vattention::linears` as there are inputs."""
-    groups: dict[tuple[torch.fx.Node, bool], list[torch.fx.Node]] = {}
+    groups: dict[tuple[Any, bool], list[Any]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target in (torch._C._nn.linear, torch.nn.functional.linear):
             x, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
@@ -49,18 +51,17 @@ def merge_linears(graph: torch.fx.GraphModule) -> None:
             if given and value is not None and can_pack(value):
                 groups.setdefault((x, bias is not None), []).append(node)
     for (x, _), nodes in groups.items():
-        weights = [node.args[1] for node in nodes]
-        biases = [bias for node in nodes if (bias := (*node.args, *node.kwargs.values(), None)[2]) is not None]
+        weights, biases = zip(*((*node.args, *node.kwargs.values(), None)[1:3] for node in nodes), strict=True)
+        given = [bias for bias in biases if bias is not None]
         with graph.graph.inserting_before(nodes[0]):
-            out = graph.graph.call_function(torch.ops.vattention.linears.default, (x, weights, biases))
-        start = 0
-        for node, weight in zip(nodes, weights, strict=True):
-            rows = weight.meta["example_value"].shape[0]
+            out = graph.graph.call_function(torch.ops.vattention.linears.default, (x, list(weights), given))
+        widths = [weight.meta["example_value"].shape[0] for weight in weights]
+        for node, end, width in zip(nodes, itertools.accumulate(widths), widths, strict=True):
+            columns: Any = (..., slice(end - width, end))
             with graph.graph.inserting_before(node):
-                part = graph.graph.call_function(operator.getitem, (out, (..., slice(start, start + rows))))
+                part = graph.graph.call_function(operator.getitem, (out, columns))
             node.replace_all_uses_with(part)
             graph.graph.erase_node(node)
-            start += rows
     for node in graph.graph.nodes:
         # A part is no longer dense: what needs a copy now gets one.
         if groups and node.op == "call_method" and node.target == "view":

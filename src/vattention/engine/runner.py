@@ -9,7 +9,7 @@ import torch
 from vattention.attention import choose
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
 from vattention.cache import KVCache
-from vattention.engine.compiled import CompiledModel
+from vattention.engine.compiled import compile_model
 from vattention.engine.request import Chunk
 
 
@@ -27,7 +27,7 @@ class Runner:
         self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare, compile: bool = False
     ) -> None:
         self._model = model
-        self._compiled = CompiledModel(model) if compile else None
+        self._compiled = compile_model(model) if compile else None
         self._kernel = kernel
         # Addresses are fixed for life, so the views are made once.
         self._layers = layer_views(cache)
@@ -50,18 +50,21 @@ class Runner:
             tokens += chunk.request.tokens(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
             wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
-        batch = AttentionBatch.build(segments, self._layers, self._kernel)
         inputs = {
             "input_ids": torch.tensor([tokens], device=self._device),
             "position_ids": torch.tensor([positions], device=self._device),
             "logits_to_keep": torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
         }
+        output = None
         if self._compiled is not None and self._compiled.ready:
-            output = self._compiled(batch, **inputs)
-        else:
-            output = self._model(**inputs, use_cache=False, **{NAME: batch})
+            output = self._compiled.run(self._model, self._batch(segments), **inputs)
+        if output is None:
+            output = self._model(**inputs, use_cache=False, **{NAME: self._batch(segments)})
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _batch(self, segments: Sequence[Segment]) -> AttentionBatch:
+        return AttentionBatch.build(segments, self._layers, self._kernel)
 
     def wait(self) -> None:
         """Return when nothing is being compiled any more."""
