@@ -3,7 +3,7 @@
 # Everything is installed into .venv and nowhere else. A stamp there says what has been installed; a change of
 # pyproject.toml outdates it. Extra arguments for pytest: make test ARGS="-k pool".
 
-.PHONY: help demo test test-all lint venv clean
+.PHONY: help demo test test-all gpu-check lint venv clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -20,6 +20,7 @@ help:
 	@echo "make demo      install, then generate text with a small real model"
 	@echo "make test      install, then run the tests (minutes)"
 	@echo "make test-all  the same at full size (hours)"
+	@echo "make gpu-check on a machine with a GPU: its tests, and what CUDA's memory calls cost (minutes)"
 	@echo "make lint      ruff, mypy and the import rules"
 	@echo "make venv      only create .venv, to install a PyTorch of your choice into it first"
 	@echo "make clean     remove .venv and every cache"
@@ -35,6 +36,9 @@ test: $(VENV)/.test $(VENV)/.model
 test-all: $(VENV)/.test $(VENV)/.model
 	@echo "==> pytest, everything at full size"
 	@VATTENTION_TEST_ALL=1 $(BIN)/python -m pytest --timeout=0 $(ARGS)
+
+gpu-check: $(VENV)/.test
+	@$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 lint: $(VENV)/.dev
 	@echo "==> ruff"

@@ -6,12 +6,15 @@ VATTENTION_TEST_ALL=1, which also loads the larger hypothesis profile. A state m
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from support import drivers, emulated_cuda
 
 torch.set_num_threads(1)  # tiny operations on two busy cores are several times slower with two threads
 
@@ -30,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.keywords and not TEST_ALL:
             item.add_marker(skip_slow)
-        if "gpu" in item.keywords and not _cuda_available():
+        if "gpu" in item.keywords and not drivers.EMULATED and not _cuda_available():
             item.add_marker(skip_gpu)
 
 
@@ -38,6 +41,14 @@ def _cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _a_device_that_works() -> Iterator[None]:
+    """On the emulated device, no failure that one test planned reaches the next."""
+    yield
+    if drivers.EMULATED:
+        emulated_cuda.load().repair()
 
 
 @pytest.fixture(scope="session")

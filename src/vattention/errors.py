@@ -54,14 +54,17 @@ class DriverError(VAttentionError):
     """A call to the operating system or the device driver failed.
 
     Attributes:
-        call: the verb that failed, for example "map".
+        call: what failed: a verb of the driver seam ("map"), or a function of the device's interface ("cuMemMap").
         code: the number the system gave.
         out_of_memory: the failure means that physical memory ran out.
     """
 
-    def __init__(self, call: str, code: int, advice: str, *, out_of_memory: bool = False) -> None:
+    def __init__(
+        self, call: str, code: int, advice: str, *, out_of_memory: bool = False, meaning: str | None = None
+    ) -> None:
         self.call = call
         self.code = code
         self.out_of_memory = out_of_memory
-        name = errno.errorcode.get(code, str(code))
-        super().__init__(f"{call} failed with {name} ({os.strerror(code)}): {advice}")
+        if meaning is None:  # else the code is not one of the operating system's
+            meaning = f"{errno.errorcode.get(code, code)} ({os.strerror(code)})"
+        super().__init__(f"{call} failed with {meaning}: {advice}")

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 
+from support.drivers import host_only
 from vattention.cache import KVCache, KVLayout
 from vattention.errors import OutOfPages
 
@@ -87,6 +88,7 @@ def test_what_trim_gives_back_the_system_gets():
         assert abs(fallen[-1]) < 1 << 20, fallen
 
 
+@host_only
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_growing_in_random_turns_takes_few_mappings(kind):
     """60 slots to 2,000 tokens, token by token: under 3 mappings for each growing run, the hole behind it counted."""
@@ -117,6 +119,7 @@ def kernel_mappings(cache: KVCache) -> int:
     return count
 
 
+@host_only
 def test_out_of_mappings_is_out_of_pages_and_threads_still_start():
     code = """
         import threading, torch

@@ -18,11 +18,13 @@ import torch
 
 from support import kernel
 from support.device import DeviceDriver
+from support.drivers import EMULATED, new_driver
 from support.faults import Fault, FaultyDriver
+from support.faulty_cuda import FaultyCuda
 from support.mirror import Mirror, check_pool
 from vattention.cache import KVCache, KVLayout, opening
 from vattention.errors import OutOfPages, VAttentionError
-from vattention.memory import HostDriver, PagePool
+from vattention.memory import PagePool
 
 TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
 PAGE = 4096
@@ -50,7 +52,7 @@ class World:
             monkeypatch.setattr(opening, "HostDriver", self._new_driver)
 
     def _new_driver(self, *, guard: bool) -> FaultyDriver:
-        self.driver.driver = HostDriver(guard=guard)
+        self.driver.driver = new_driver(guard=guard)
         return self.driver
 
     # -- what the script is made of
@@ -345,20 +347,23 @@ def play(world: World, script: list[Action], after_failure: AfterFailure = once_
 
 KINDS: dict[str, tuple[bool, Callable[[], Any], list[Action]]] = {
     "a pool of its own": (False, lambda: None, ALONE),
-    "a shared pool": (True, HostDriver, TOGETHER),
+    "a shared pool": (True, new_driver, TOGETHER),
     "a device": (True, lambda: DeviceDriver(PAGE), ALONE),
     "rows": (False, lambda: None, ROWS),
-    "guarded rows": (True, lambda: HostDriver(guard=True), ROWS),
+    "guarded rows": (True, lambda: new_driver(guard=True), ROWS),
     "rows on a device": (True, lambda: DeviceDriver(PAGE), ROWS),
 }
+if EMULATED:
+    KINDS["CUDA's own calls"] = (True, lambda: None, ALONE)
 
-STRIDES = {"a device": 3, "rows": 5, "guarded rows": 7, "rows on a device": 11}
+STRIDES = {"a device": 3, "rows": 5, "guarded rows": 7, "rows on a device": 11, "CUDA's own calls": 13}
 """Of the calls of these, every so manieth fails in turn. No divisor of another, so that together they meet most."""
 
 
 def start(kind: str, monkeypatch: pytest.MonkeyPatch, fault: Fault | None = None) -> tuple[World, list[Action]]:
     shared, driver, script = KINDS[kind]
-    return World(FaultyDriver(driver(), fault), monkeypatch, shared=shared), script
+    faulty = FaultyCuda(fault) if kind == "CUDA's own calls" else FaultyDriver(driver(), fault)
+    return World(faulty, monkeypatch, shared=shared), script
 
 
 def finish(world: World) -> None:
@@ -387,16 +392,16 @@ def faults(kind: str, *, onwards: bool) -> Iterator[Fault]:
     stride = 1 if TEST_ALL else STRIDES.get(kind, 1)
     for number, verb in list(enumerate(verbs(kind), start=1))[::stride]:
         yield Fault(number, onwards)
-        if verb == "unmap":
+        if verb in ("unmap", "cuMemUnmap"):
             yield Fault(number, onwards, after=True)
-        if verb == "create":
+        if verb in ("create", "cuMemCreate"):
             yield Fault(number, onwards, no_memory=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after_failure", [once_more, stubborn, give_up], ids=lambda function: function.__name__)
 def test_any_driver_call_may_fail(kind, after_failure, monkeypatch):
-    in_use = HostDriver().mappings.used
+    in_use = new_driver().mappings.used
     for fault in faults(kind, onwards=after_failure is not once_more):
         world, script = start(kind, monkeypatch, fault)
         try:
@@ -406,13 +411,13 @@ def test_any_driver_call_may_fail(kind, after_failure, monkeypatch):
         except BaseException as error:
             error.add_note(f"{fault}: {verbs(kind)[fault.at - 1]}")
             raise
-        assert HostDriver().mappings.used == in_use
+        assert new_driver().mappings.used == in_use
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own slots", "another cache's slots"])
 @pytest.mark.parametrize("forking", [False, True], ids=["step", "fork"])
 def test_where_the_machine_has_less_than_the_budget_idle_slots_give_what_they_have(shared, forking):
-    host = HostDriver()
+    host = new_driver()
     driver = FaultyDriver(host, memory=24 * PAGE)
     pool = PagePool(driver, PAGE, PAGES * PAGE)
     with KVCache(LAYOUT, pool=pool) as cache, KVCache(LAYOUT, pool=pool) as other:

@@ -7,9 +7,10 @@ import threading
 import pytest
 import torch
 
+from support.drivers import host_only, new_driver
 from vattention.cache import KVCache, KVLayout
 from vattention.errors import ConfigError, InvalidRequest, OutOfPages
-from vattention.memory import HostDriver, PagePool
+from vattention.memory import PagePool
 
 PAGE = 4096
 LAYOUT = KVLayout(2, 2, 64, torch.float32, 4, 1000)  # 4 streams, 512 bytes a token each: 8 tokens a page
@@ -389,7 +390,7 @@ def test_fork_without_pages_for_the_tail_changes_nothing(cache):
 
 
 def test_two_caches_share_one_budget_and_reclaim_from_each_other():
-    driver = HostDriver()
+    driver = new_driver()
     pool = PagePool(driver, PAGE, 100 * PAGE)
     with KVCache(LAYOUT, pool=pool) as one, KVCache(LAYOUT, pool=pool) as two:
         a = one.alloc()
@@ -411,7 +412,7 @@ def test_two_caches_share_one_budget_and_reclaim_from_each_other():
 
 
 def test_a_cache_that_is_forgotten_gives_its_pages_back_to_the_pool():
-    driver = HostDriver()
+    driver = new_driver()
     pool = PagePool(driver, PAGE, 100 * PAGE)
     cache = KVCache(LAYOUT, pool=pool)
     cache.step({cache.alloc(): 50})
@@ -438,9 +439,11 @@ def test_the_budget_can_shrink_and_grow_while_running(cache):
 
 
 def test_what_belongs_to_the_pool_cannot_be_said_twice():
-    driver = HostDriver()
+    driver = new_driver()
     pool = PagePool(driver, PAGE, 100 * PAGE)
-    for wrong in (dict(memory="1GiB"), dict(page_size=PAGE), dict(guard=True)):
+    for wrong in (dict(memory="1GiB"), dict(memory_utilization=0.5), dict(page_size=PAGE), dict(guard=True)):
+        if wrong == dict(guard=True) and driver.guard:
+            continue
         with pytest.raises(ConfigError):
             KVCache(LAYOUT, pool=pool, **wrong)
     driver.close()
@@ -449,6 +452,7 @@ def test_what_belongs_to_the_pool_cannot_be_said_twice():
 # -- the end
 
 
+@host_only
 def test_close_returns_the_memory_at_once_and_the_addresses_with_the_last_tensor():
     cache = KVCache(LAYOUT, memory="1MiB", page_size=PAGE)
     slot = cache.alloc()
@@ -526,10 +530,20 @@ def test_poison_spares_shared_pages():
         assert cache.layer(0)[0][twin, 24:30].isnan().all()
 
 
-@pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_devices_that_are_not_built(device):
-    with pytest.raises(ConfigError, match="not supported yet"):
-        KVCache(LAYOUT, device=device)
+def test_devices_that_are_not_there():
+    with pytest.raises(ConfigError, match="not supported: use 'cpu' or 'cuda'"):
+        KVCache(LAYOUT, device="meta")
+    with pytest.raises(ConfigError, match="device"):
+        KVCache(LAYOUT, device="cuda:99")
+
+
+@host_only
+@pytest.mark.parametrize("share", [0.5, 2, -1, float("nan")])
+def test_shares_of_memory_are_for_devices(share):
+    with pytest.raises(ConfigError, match="memory_utilization"):
+        KVCache(LAYOUT, memory_utilization=share)
+    with pytest.raises(ConfigError, match="leave one out"):
+        KVCache(LAYOUT, memory="1GiB", memory_utilization=share)
 
 
 def test_page_sizes_that_do_not_divide():

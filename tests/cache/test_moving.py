@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from support.device import DeviceDriver
+from support.drivers import new_driver
 from support.mirror import Mirror, check_all
 from vattention.cache import KVCache, KVLayout
 from vattention.errors import InvalidRequest, OutOfPages
-from vattention.memory import HostDriver, PagePool
+from vattention.memory import PagePool
 
 PAGE = 4096
 LAYOUT = KVLayout(2, 2, 32, torch.float32, 6, 600)  # 4 streams, 16 tokens a page in each
@@ -18,7 +19,7 @@ STREAMS = 4
 
 @pytest.fixture(params=["host", "guarded", "device"])
 def mirror(request):
-    driver = DeviceDriver(PAGE) if request.param == "device" else HostDriver(guard=request.param == "guarded")
+    driver = DeviceDriver(PAGE) if request.param == "device" else new_driver(guard=request.param == "guarded")
     pool = PagePool(driver, PAGE, 400 * PAGE)
     with KVCache(LAYOUT, pool=pool) as cache:
         mirror = Mirror(cache)
@@ -109,7 +110,7 @@ def test_rolling_back_into_what_is_shared(mirror, row):
 
 
 def test_all_or_nothing():
-    pool = PagePool(HostDriver(), PAGE, 30 * PAGE)
+    pool = PagePool(new_driver(), PAGE, 30 * PAGE)
     with KVCache(LAYOUT, pool=pool) as cache:
         mirror = Mirror(cache)
         mirror.alloc_range(2)

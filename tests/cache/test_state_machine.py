@@ -25,10 +25,11 @@ from hypothesis.stateful import (
 )
 
 from support.device import DeviceDriver
+from support.drivers import new_driver
 from support.mirror import Mirror, check_all
 from vattention.cache import KVCache, KVLayout
 from vattention.errors import ConfigError, OutOfPages
-from vattention.memory import HostDriver, MappingBudget, PagePool, Run
+from vattention.memory import MappingBudget, PagePool, Run
 
 KIB = 1024
 TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
@@ -113,7 +114,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(case=cases())
     def open(self, case: Case) -> None:
         self.case = case
-        self.driver = DeviceDriver(case.page_size) if case.device else HostDriver(guard=case.guard)
+        self.driver = DeviceDriver(case.page_size) if case.device else new_driver(guard=case.guard)
         # A limit of this world's own: other tests' mappings are none of its business. Two for the empty ranges.
         self.driver.mappings = MappingBudget(None if case.mappings is None else case.mappings + 2)
         self.pool = PagePool(self.driver, case.page_size, case.pages * case.page_size)

@@ -26,9 +26,10 @@ from hypothesis.stateful import (
 
 from support import kernel
 from support.device import DeviceDriver
+from support.drivers import host_only, new_driver, page_table
 from support.faults import Fault, FaultyDriver
 from vattention.errors import ConfigError, DriverError, OutOfPages
-from vattention.memory import HostDriver, MappingBudget, PagePool, Reservation, Run
+from vattention.memory import MappingBudget, PagePool, Reservation, Run
 
 TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -61,7 +62,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(device=st.booleans(), budget=st.integers(1, 40))
     def open(self, device: bool, budget: int) -> None:
-        self.driver = DeviceDriver(PAGE) if device else HostDriver()
+        self.driver = DeviceDriver(PAGE) if device else new_driver()
         self.pool = PagePool(self.driver, PAGE, budget * PAGE)
         self.budget = budget
         self.held: list[list[Run]] = []
@@ -215,7 +216,7 @@ class ReservationMachine(RuleBasedStateMachine):
 
     @initialize(device=st.booleans(), budget=st.integers(4, 60), mappings=st.one_of(st.none(), st.integers(6, 30)))
     def open(self, device: bool, budget: int, mappings: int | None) -> None:
-        self.driver = FaultyDriver(DeviceDriver(PAGE) if device else HostDriver())
+        self.driver = FaultyDriver(DeviceDriver(PAGE) if device else new_driver())
         self.driver.driver.mappings = MappingBudget(mappings)
         self.pool = PagePool(self.driver, PAGE, budget * PAGE)
         self.ranges = [self._open() for _ in range(2)]
@@ -239,14 +240,14 @@ class ReservationMachine(RuleBasedStateMachine):
             references.update(table.values())
             references.update(reservation.quarantined())
             stuck = set(reservation._stuck)
-            mappings = kernel.mappings(reservation.address, reservation.size, maps)
-            shown = kernel.page_table(mappings, reservation.address, PAGE, unreadable=stuck)
+            where = (reservation.address, reservation.size)
+            shown = page_table(self.driver, *where, PAGE, unreadable=stuck, maps=maps)
             settled = {place: page for place, page in table.items() if place not in stuck}
             assert {place: page for place, page in shown.items() if place not in stuck} == settled
             for place, page in settled.items():
                 assert memory[place].item() == self.marked[page], f"place {place} shows another page"
             if not stuck and self.driver.linear:
-                assert len(mappings) <= reservation.mappings
+                assert len(kernel.mappings(*where, maps)) <= reservation.mappings
         assert {page: count for page, count in self.pool._refs.items() if count} == references
         stats = self.pool.stats()
         in_use = {page for table in self.tables for page in table.values()}
@@ -383,9 +384,10 @@ def test_reservation():
     explore(ReservationMachine)
 
 
+@host_only
 def test_giving_back_is_never_refused_for_want_of_mappings():
     """A hole in a run is one mapping more, and yet less memory."""
-    driver = HostDriver()
+    driver = new_driver()
     driver.mappings = MappingBudget(3)
     pool = PagePool(driver, PAGE, 9 * PAGE)
     reservation = Reservation(pool, 9 * PAGE)
@@ -402,7 +404,7 @@ def test_giving_back_is_never_refused_for_want_of_mappings():
 
 def test_a_pages_references_may_get_stuck_one_by_one():
     """Mapped at three places, of which two cannot be unmapped: in use, then quarantined, then free."""
-    driver = FaultyDriver(HostDriver())
+    driver = FaultyDriver(new_driver())
     pool = PagePool(driver, PAGE, 4 * PAGE)
     reservation = Reservation(pool, 4 * PAGE)
     reservation.map(0, pool.take(1))
@@ -426,7 +428,7 @@ def test_a_pages_references_may_get_stuck_one_by_one():
 
 def test_pages_stuck_at_one_place_one_after_the_other_all_come_back():
     """The driver stays broken while a page, then another, is mapped at the same place."""
-    driver = FaultyDriver(HostDriver())
+    driver = FaultyDriver(new_driver())
     pool = PagePool(driver, PAGE, 4 * PAGE)
     reservation = Reservation(pool, 4 * PAGE)
     runs = [pool.take(1), pool.take(1)]

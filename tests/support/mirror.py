@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from support import kernel
+from support.drivers import page_table
 from vattention.cache import KVCache
 from vattention.errors import OutOfPages
 from vattention.memory import PagePool, Run
@@ -212,10 +213,10 @@ class Mirror:
 
     def check_kernel(self, maps: str | None = None) -> None:
         """The kernel's page table is ours, but for pages in quarantine, and takes no more mappings than we count."""
-        reservation = self.cache._backing.reservation
-        mappings = kernel.mappings(reservation.address, reservation.size, maps)
+        reservation, pool = self.cache._backing.reservation, self.cache.pool
         stuck = set(reservation._stuck)
-        shown = kernel.page_table(mappings, reservation.address, self.cache.pool.page_size, unreadable=stuck)
+        place = (reservation.address, reservation.size)
+        shown = page_table(pool.driver, *place, pool.page_size, unreadable=stuck, maps=maps)
         table = self.places()
         if not stuck:
             assert shown == table
@@ -224,8 +225,8 @@ class Mirror:
                 place: page for place, page in table.items() if place not in stuck
             }
             assert set(shown) <= set(table) | stuck
-        if not stuck and reservation.pool.driver.linear:  # a device's mappings are not the kernel's
-            assert len(mappings) <= reservation.mappings
+        if not stuck and pool.driver.linear:  # a device's mappings are not the kernel's
+            assert len(kernel.mappings(*place, maps)) <= reservation.mappings
 
     def check_stats(self) -> None:
         stats = self.cache.stats()
@@ -288,7 +289,7 @@ def check_pool(
 
 
 def check_all(pool: PagePool, mirrors: Iterable[Mirror], *, held: Iterable[Run] = ()) -> None:
-    """Everything that must be true between two calls while the driver, a HostDriver, works."""
+    """Everything that must be true between two calls while the driver works."""
     mirrors = list(mirrors)
     for mirror in mirrors:
         mirror.cache.fits({})  # joins background growth

@@ -62,6 +62,9 @@ class GenerateBench:
 Side = tuple[str, str]
 """A cache and an attention function."""
 
+Times = dict[str, list[float]]
+"""Of each round, seconds a token: `"wall"`, and `"processor"`, of all threads, which other processes disturb less."""
+
 
 def run(options: GenerateBench) -> int:
     """Measure, and print every side.
@@ -100,9 +103,11 @@ def run(options: GenerateBench) -> int:
     return 1 if failures else 0
 
 
-def _measure(model: Any, options: GenerateBench, context: int) -> dict[str, list[float]]:
-    """Seconds a token, of each round, by side."""
-    seconds: dict[Side, list[float]] = {(cache, how): [] for how in _ATTENTION for cache in _CACHES}
+def _measure(model: Any, options: GenerateBench, context: int) -> dict[str, Times]:
+    """What each side took."""
+    seconds: dict[Side, Times] = {
+        (cache, how): {"wall": [], "processor": []} for how in _ATTENTION for cache in _CACHES
+    }
     caches = {name: make(model.config) for name, make in _CACHES.items()}
     try:
         for cache in caches.values():
@@ -112,7 +117,7 @@ def _measure(model: Any, options: GenerateBench, context: int) -> dict[str, list
             sides = list(seconds) if number % 2 else list(seconds)[::-1]
             for name, how in sides:
                 with attention(model, how):
-                    start = time.perf_counter()
+                    start, used = time.perf_counter(), time.process_time()
                     model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
@@ -122,10 +127,11 @@ def _measure(model: Any, options: GenerateBench, context: int) -> dict[str, list
                         eos_token_id=None,
                         pad_token_id=0,
                     )
-                    spent = (time.perf_counter() - start) / options.tokens
+                    spent = {"wall": time.perf_counter() - start, "processor": time.process_time() - used}
                 caches[name].crop(context - caches[name].get_seq_length())
                 if number >= 0:
-                    seconds[name, how].append(spent)
+                    for clock, value in spent.items():
+                        seconds[name, how][clock].append(value / options.tokens)
     finally:
         caches["VirtualCache"].close()
     return {" + ".join(side): times for side, times in seconds.items()}
@@ -153,20 +159,22 @@ def attention(model: Any, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _report(result: dict[int, dict[str, list[float]]], options: GenerateBench) -> list[str]:
+def _report(result: dict[int, dict[str, Times]], options: GenerateBench) -> list[str]:
     failures = []
     base, alone, both = " + ".join(_BASE), "VirtualCache + sdpa", "VirtualCache + vattention"
     rows = []
     for context, sides in result.items():
-        # Rounds are compared one by one: what slows the machine down slows down all sides of a round.
-        speed = {
-            side: statistics.median(one / two for one, two in zip(sides[base], times, strict=True))
-            for side, times in sides.items()
-        }
         for side, times in sides.items():
-            rows.append((context, side, f"{statistics.median(times) * 1e3:.1f}", f"{speed[side]:.2f}"))
-        for side, least in ((alone, options.min_cache), (both, options.min_both)):
-            if speed[side] < least:
-                failures.append(f"at {context} tokens {side} is {speed[side]:.2f} times as fast, not {least}")
-    print(table(("context", "side", "ms a token", "times as fast"), rows, left=2))
+            wall, processor = (_speed(sides[base][clock], times[clock]) for clock in ("wall", "processor"))
+            median = statistics.median(times["wall"])
+            rows.append((context, side, f"{median * 1e3:.1f}", f"{wall:.2f}", f"{processor:.2f}"))
+            least = {alone: options.min_cache, both: options.min_both}.get(side, 0)
+            if wall < least:
+                failures.append(f"at {context} tokens {side} is {wall:.2f} times as fast, not {least}")
+    print(table(("context", "side", "ms a token", "times as fast", "in processor time"), rows, left=2))
     return failures
+
+
+def _speed(base: list[float], times: list[float]) -> float:
+    """Rounds are compared one by one: what slows the machine down slows down all sides of a round."""
+    return statistics.median(one / two for one, two in zip(base, times, strict=True))

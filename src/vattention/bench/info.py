@@ -13,7 +13,7 @@ from vattention.bench.machine import hardware, versions
 from vattention.bench.table import table
 from vattention.cache.page_size import choose_page_size
 from vattention.errors import VAttentionError
-from vattention.memory import HostDriver, limits
+from vattention.memory import CudaDriver, HostDriver, limits
 from vattention.memory.sizes import format_size
 
 _BUDGETS = tuple(size << 20 for size in (64, 256, 1024, 4096, 16384))
@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "hardware": hardware(),
-        "drivers": {"host": host, "cuda": {"available": False, "reason": "not built yet"}},
+        "drivers": {"host": host, "cuda": _cuda()},
         "limits": {
             "memfd": hasattr(os, "memfd_create"),
             "kernel_page_size": os.sysconf("SC_PAGESIZE"),
@@ -56,6 +56,17 @@ def collect() -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
         "default_page_size": _page_sizes(granularity, mappings),
     }
+
+
+def _cuda() -> dict[str, Any]:
+    """The first CUDA device, or what is missing."""
+    try:
+        driver = CudaDriver()
+        free, total = driver.memory()
+    except VAttentionError as error:
+        return {"available": False, "reason": str(error)}
+    driver.close()
+    return {"available": True, "granularity": driver.granularity, "free_bytes": free, "memory_bytes": total}
 
 
 def _page_sizes(granularity: int, mappings: int | None) -> dict[str, dict[str, int]]:
@@ -73,14 +84,15 @@ def _size(value: int | None, none: str) -> str:
 
 
 def _text(known: dict[str, Any]) -> str:
-    version, machine, host = known["versions"], known["hardware"], known["drivers"]["host"]
+    version, machine = known["versions"], known["hardware"]
+    host, cuda = known["drivers"]["host"], known["drivers"]["cuda"]
     limit, memory, threads = known["limits"], known["memory"], known["threads"]
     policy, cgroup = limit["overcommit_memory"], memory["cgroup_headroom"]
     if cgroup is not None and cgroup > machine["memory_bytes"]:  # how cgroup v1 says that there is no limit
         cgroup = None
     rows = [
         ("host driver", "ready" if host["available"] else f"not available: {host['reason']}"),
-        ("CUDA driver", known["drivers"]["cuda"]["reason"]),
+        ("CUDA driver", "ready" if cuda["available"] else f"not available: {cuda['reason']}"),
         ("granularity of pages", _size(host.get("granularity"), "unknown")),
         ("memfd", "yes" if limit["memfd"] else "no"),
         ("kernel page", format_size(limit["kernel_page_size"])),

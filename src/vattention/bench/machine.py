@@ -13,7 +13,7 @@ from typing import Any
 
 from vattention.errors import ConfigError
 
-_PACKAGES = ("vattention", "torch", "transformers", "numpy")
+_PACKAGES = ("vattention", "torch", "transformers", "numpy", "cuda-bindings")
 
 
 def hardware() -> dict[str, Any]:

@@ -42,8 +42,11 @@ class KVCache:
 
     Args:
         layout: the geometry.
-        device: "cpu".
-        memory: physical budget, bytes or a string like "2GiB"; 2 GiB by default. Not with `pool`.
+        device: "cpu", "cuda" or "cuda:N".
+        memory: physical budget, bytes or a string like "2GiB"; by default 2 GiB of a host, and of a device what
+            `memory_utilization` says. Not with `pool`.
+        memory_utilization: share of a device's memory, 0.9 by default, that is in use when the cache is full; what is
+            in use already, weights for instance, counts. Not with `memory` or `pool`.
         page_size: bytes; None picks the smallest page that the budget and the mapping limit allow. Not with `pool`.
         pool: take pages from this pool, which other caches may use too.
         guard: reading an address without a page faults, instead of giving zeros. A debugging aid.
@@ -60,12 +63,16 @@ class KVCache:
         *,
         device: str | torch.device = "cpu",
         memory: str | SupportsIndex | None = None,
+        memory_utilization: float | None = None,
         page_size: SupportsIndex | str | None = None,
         pool: PagePool | None = None,
         guard: bool = False,
         poison: bool = False,
     ) -> None:
-        pool, own_driver = open_pool(layout, device=device, memory=memory, page_size=page_size, pool=pool, guard=guard)
+        pool, own_driver = open_pool(
+            layout, device=device, memory=memory, memory_utilization=memory_utilization,
+            page_size=page_size, pool=pool, guard=guard,
+        )  # fmt: skip
         self.layout = layout
         self.pool = pool
         self._own_driver = own_driver

@@ -70,8 +70,9 @@ class Driver(Protocol):
     Where it is not (a device), one create makes one page, handles are mapped and released whole, and every page is a
     mapping; the driver numbers them so that pages created one after another still form runs.
 
-    Any verb may raise DriverError, and then has had no effect that the caller must know of, with one exception: after
-    a failed `unmap` the range may be in either state. Verbs may be called from any thread, one at a time for a range.
+    Any verb may raise DriverError, and then has had no effect that the caller must know of, with two exceptions: after
+    a failed `map` or `unmap` each page of the range may be in either state. Verbs may be called from any thread, one
+    at a time for a range.
     """
 
     @property
@@ -115,7 +116,7 @@ class Driver(Protocol):
     def map(self, address: int, handle: int, size: int) -> None:
         """Put [handle, handle + size) behind [address, address + size), without access (cuMemMap).
 
-        What was mapped there before is replaced, and is untouched when the call fails.
+        What was mapped there before is replaced; nothing may be using it (`fence`).
         """
 
     def unmap(self, address: int, size: int) -> None:

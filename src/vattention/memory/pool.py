@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, SupportsIndex
 
 from vattention.errors import ConfigError, DriverError, InvalidRequest, OutOfPages
+from vattention.memory.ahead import CreateAhead
 from vattention.memory.driver import Driver
 from vattention.memory.extents import Extents
 from vattention.memory.meter import Meter
@@ -64,12 +65,16 @@ class PagePool:
         driver: where the pages come from. The pool does not close it.
         page_size: bytes; a multiple of the driver's granularity.
         budget: bytes that may be created at most; rounded down to whole pages.
+        ahead: pages that a background thread keeps created and free, within the budget, once pages are being taken, so
+            that the next ones cost no create. On a linear driver creating is cheap, and nothing is created ahead.
 
     Raises:
         ConfigError: a page size the driver cannot map, or a budget below one page.
     """
 
-    def __init__(self, driver: Driver, page_size: SupportsIndex, budget: SupportsIndex) -> None:
+    def __init__(
+        self, driver: Driver, page_size: SupportsIndex, budget: SupportsIndex, *, ahead: SupportsIndex = 0
+    ) -> None:
         page_size = operator.index(page_size)
         if page_size <= 0 or page_size % driver.granularity:
             raise ConfigError(f"page_size {page_size} must be a positive multiple of {driver.granularity} bytes")
@@ -86,6 +91,8 @@ class PagePool:
         self._extents = Extents(page_size)
         self._deferred: collections.deque[Callable[[], None]] = collections.deque()
         self._holders: list[weakref.ref[Holder]] = []
+        pages_ahead = operator.index(ahead)
+        self._ahead = CreateAhead(self, pages_ahead) if pages_ahead > 0 and not driver.linear else None
         _live.add(self)
 
     # -- numbers ------------------------------------------------------------------------------------------------
@@ -139,9 +146,12 @@ class PagePool:
             runs: list[Run] = []
             try:
                 while pages > 0:
-                    runs.append(self._take_run(pages, after, room))
-                    pages -= runs[-1].pages
-                    after = self._last(runs[-1])
+                    run = self._take_run(pages, after, room)
+                    pages -= run.pages
+                    if runs and run.handle == self._last(runs[-1]) + self.page_size:
+                        run = Run(runs[-1].handle, runs.pop().pages + run.pages)
+                    runs.append(run)
+                    after = self._last(run)
             except BaseException:
                 self.drop(runs)
                 raise
@@ -223,6 +233,7 @@ class PagePool:
                 kept = len(self._refs) - self._free
             if kept > pages:
                 raise OutOfPages(kept, pages, hint="more pages are in use than the new budget allows: free slots first")
+            self._rest()
             self._release_free(max(0, len(self._refs) - pages))
             self._budget = pages
 
@@ -230,6 +241,7 @@ class PagePool:
         """Give the free pages' memory back to the system; return the bytes. The budget stays."""
         with self.lock:
             self._run_deferred()
+            self._rest()
             pages = self._free
             self._release_free(pages)
             return pages * self.page_size
@@ -273,6 +285,28 @@ class PagePool:
             raise ConfigError(f"a budget of {budget} bytes does not hold one page of {self.page_size}")
         return budget // self.page_size
 
+    # -- creating ahead -------------------------------------------------------------------------------------------
+
+    def create_ahead(self, pages: int) -> bool:
+        """Create one free page more, where fewer than `pages` are free and the budget allows. Returns whether it did.
+
+        For the thread that creates ahead: it holds the lock for one creation at a time.
+        """
+        with self.lock:
+            if self._ahead is None or not self._ahead.awake:  # a trim came in between
+                return False
+            if self._free >= pages or len(self._refs) >= self._budget:
+                return False
+            handle = self.meter.create(self.page_size)  # `_create` would release what this piles up
+            self._refs[handle] = 0
+            self._free_run(handle, handle + self.page_size)
+            return True
+
+    def _rest(self) -> None:
+        """What is about to be released shall not be created again at once."""
+        if self._ahead is not None:
+            self._ahead.awake = False
+
     # -- runs -----------------------------------------------------------------------------------------------------
 
     def _pages(self, runs: Iterable[Run]) -> Iterator[int]:
@@ -301,6 +335,8 @@ class PagePool:
 
     def _take_whole(self, pages: int) -> Run:
         """One run on a driver whose pages are separate: a free one, or one new page."""
+        if self._ahead is not None:
+            self._ahead.wake()
         for start, length in self._free_runs.items():
             return self._claim(Run(start, min(length, pages)))
         handle = self._create(1, None, 1)

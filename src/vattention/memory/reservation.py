@@ -84,9 +84,9 @@ class Reservation:
             ValueError: the pages would not lie in the range, or are not in use. The caller keeps what it has.
         """
         self._check_open()
-        runs = [Run(*run) for run in runs]
+        runs = [Run(*map(operator.index, run)) for run in runs]
+        index, _ = self._range(index, sum(max(0, run.pages) for run in runs))  # before they are written out
         pages = [page for run in runs for page in range(run.handle, run.handle + run.pages * self._step, self._step)]
-        index, _ = self._range(index, len(pages))
         if not all(map(self.pool.references, pages)):
             raise ValueError("pages that are not in use cannot be mapped: take them from this pool first")
         if pages:
@@ -101,18 +101,19 @@ class Reservation:
             self.pool.drop(runs)
             raise
         old = {place: self._table[place] for place in range(index, index + len(pages)) if place in self._table}
-        if old:
-            self._driver.fence()
-        mapped = 0
+        mapped = touched = 0
         try:
+            if old:
+                self._driver.fence()
             for run in runs:
+                touched = mapped + run.pages  # also when mapping fails: nobody knows what is there then
                 self.pool.meter.map(self._at(index + mapped), run.handle, run.pages * self._step)
-                mapped += run.pages
+                mapped = touched
             self.pool.meter.set_access(self._at(index), mapped * self._step, Access.READ_WRITE)
         except BaseException:
             self._driver.mappings.charge(-change, force=True)
-            self._undo_place(index, pages[:mapped])
-            self.pool.drop(_as_runs(pages[mapped:], self._step))
+            self._undo_place(index, pages[:touched])
+            self.pool.drop(_as_runs(pages[touched:], self._step))
             raise
         self.mappings += change
         self._unstick(index, len(pages))
@@ -164,12 +165,12 @@ class Reservation:
             if not removed and not any(index <= place < index + pages for place in self._stuck):
                 return
             change = self._change(index, [None] * pages)
-            self._driver.fence()
             for place in removed:
                 del self._table[place]
             self.mappings += change
             self._driver.mappings.charge(change, force=True)  # a hole in a run is a mapping more, and still gives back
             try:
+                self._driver.fence()
                 self.pool.meter.unmap(self._at(index), pages * self._step)
             except BaseException:
                 for place, page in removed.items():
@@ -216,11 +217,14 @@ class Reservation:
         """Try again where undoing or unmapping failed before, so that the quarantine empties.
 
         Raises:
-            DriverError: a place that must show its page does not yet. (Places that only hold on to a page they should
-            not have stay in quarantine without an error: nobody reads them.)
+            DriverError: nobody can wait for the work in flight, or a place that must show its page does not yet.
+                (Places that only hold on to a page they should not have stay in quarantine without an error: nobody
+                reads them.)
         """
         self._check_open()
         with self.pool.lock:
+            if self._stuck:
+                self._driver.fence()  # it may be what failed before
             for place in list(self._stuck):
                 try:
                     self._restore(place)
@@ -240,9 +244,9 @@ class Reservation:
             return
         with self.pool.lock:
             if self._table or self._stuck:
-                self._driver.fence()
                 removed, self._table = self._table, {}
                 try:
+                    self._driver.fence()
                     self.pool.meter.unmap(self.address, self.size)
                 except BaseException:
                     for place, page in removed.items():
