@@ -395,7 +395,6 @@ def test_use_after_close(tiny: LoadedModel) -> None:
         ({"cache": "paged", "layers_per_stream": None, "kv_together": True}, "layers_per_stream, kv_together mean"),
         ({"cache": "paged", "kv_cache_memory": 100}, "less than a block"),
         ({"enable_prefix_caching": True}, "not built yet"),
-        ({"compile": True}, "not built yet"),
         ({"device": "cuda"}, "not built yet"),
         ({"dtype": "int4"}, "dtype"),
         ({"dtype": "bfloat16"}, "was loaded in"),

@@ -40,7 +40,10 @@ class LLM:
         cache: "virtual", or "paged": K and V in blocks behind a block table, taken up front, as other engines keep
             them. For comparison; it takes none of page_size, head_major, layers_per_stream, kv_together and guard.
         block_size: tokens of a block where cache is "paged"; None: 16.
-        enable_prefix_caching, compile: not built yet.
+        enable_prefix_caching: not built yet.
+        compile: compile the model's layers in the background, from the start: passes run as they are until that has
+            ended, or `warmup` has returned, and faster from then on. Off, because it takes the processors for some
+            seconds. Where it is not possible there is one warning.
         seed: of requests whose `SamplingParams` have none; 0.
         trust_remote_code: see `load_model`.
         max_num_batched_tokens: tokens in one forward pass; longer prompts are computed in chunks.

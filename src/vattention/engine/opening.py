@@ -91,7 +91,7 @@ def open_engine(
     poison: bool = False,
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
-    _refuse_what_is_not_built(device, enable_prefix_caching, compile)
+    _refuse_what_is_not_built(device, enable_prefix_caching)
     _check_cache(
         cache,
         block_size,
@@ -142,7 +142,7 @@ def open_engine(
         kv_cache = KVCache(layout, memory=budget, page_size=page, guard=guard, poison=poison)
     try:
         engine = Engine(
-            Runner(loaded.model, kv_cache),
+            Runner(loaded.model, kv_cache, compile=compile),
             kv_cache,
             vocab_size=shape.vocab_size,
             max_num_seqs=max_num_seqs,
@@ -188,13 +188,11 @@ def _default_budget(layout: KVLayout) -> int:
     return layout.size if headroom is None else max(1, min(layout.size, headroom // _DEFAULT_MEMORY_SHARE))
 
 
-def _refuse_what_is_not_built(device: str, enable_prefix_caching: bool, compile: bool) -> None:
+def _refuse_what_is_not_built(device: str, enable_prefix_caching: bool) -> None:
     if device not in ("auto", "cpu"):
         raise ConfigError(f'device={device!r} is not built yet: use "cpu"')
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
-    if compile:
-        raise ConfigError("compile is not built yet: leave it off")
 
 
 def _check_cache(cache: str, block_size: int | None, **virtual: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from vattention.attention import choose, paged
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
 from vattention.cache import Cache, PagedKVCache
+from vattention.engine.compiled import compile_model
 from vattention.engine.request import Chunk
 
 
@@ -20,10 +21,14 @@ class Runner:
         model: a causal language model of transformers, loaded with `attn_implementation="vattention"`, in eval mode.
         cache: laid out for that model.
         kernel: what computes attention.
+        compile: compile the model in the background, and run compiled as soon as that is done.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: Cache, *, kernel: Kernel = choose.prepare) -> None:
+    def __init__(
+        self, model: torch.nn.Module, cache: Cache, *, kernel: Kernel = choose.prepare, compile: bool = False
+    ) -> None:
         self._model = model
+        self._compiled = compile_model(model) if compile else None
         # Where K and V are in blocks, the kernel computes what is gathered from them.
         self._table = cache.table if isinstance(cache, PagedKVCache) else None
         self._kernel = kernel if self._table is None else partial(paged.prepare, table=self._table, inner=kernel)
@@ -48,16 +53,26 @@ class Runner:
             tokens += chunk.request.tokens(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
             wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
-        batch = AttentionBatch.build(segments, self._layers, self._kernel, table=self._table)
-        output = self._model(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
-            **{NAME: batch},
-        )
+        inputs = {
+            "input_ids": torch.tensor([tokens], device=self._device),
+            "position_ids": torch.tensor([positions], device=self._device),
+            "logits_to_keep": torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
+        }
+        output = None
+        if self._compiled is not None and self._compiled.ready:
+            output = self._compiled.run(self._model, self._batch(segments), **inputs)
+        if output is None:
+            output = self._model(**inputs, use_cache=False, **{NAME: self._batch(segments)})
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _batch(self, segments: Sequence[Segment]) -> AttentionBatch:
+        return AttentionBatch.build(segments, self._layers, self._kernel, table=self._table)
+
+    def wait(self) -> None:
+        """Return when nothing is being compiled any more."""
+        if self._compiled is not None:
+            self._compiled.wait()
 
 
 def layer_views(cache: Cache) -> Layers:
