@@ -1,4 +1,4 @@
-"""Which kernel computes a layer: the fastest that has what the layer asks for."""
+"""Which kernel computes a layer: the fastest that has what the layer asks for, on the device where the cache is."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from collections.abc import Sequence
 
 import torch
 
-from vattention.attention import blocked, cpu_decode, sdpa
+from vattention.attention import blocked, cpu_decode, sdpa, varlen
 from vattention.attention.base import Attend, Features, Segment
 
 
 def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
     """The `Kernel` that picks one for each layer call. What a kernel prepares is made once, if it is used at all.
 
-    Where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains.
+    On a CPU, where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains.
+    Elsewhere it is `varlen` where that can, and `blocked` for everything else.
     """
-    every = tuple(segments)
+    pick = _on_a_cpu if device.type == "cpu" else _elsewhere
+    return pick(tuple(segments), dtype, device)
+
+
+def _on_a_cpu(every: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> Attend:
     several = tuple(segment for segment in every if segment.rows > 1)
     single = functools.cache(lambda: cpu_decode.prepare([segment for segment in every if segment.rows == 1]))
     stock = functools.cache(lambda some: sdpa.prepare(some, dtype=dtype, device=device))
@@ -32,5 +37,16 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
             out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
         single()(query, keys, values, features, out)
         return out
+
+    return attend
+
+
+def _elsewhere(every: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> Attend:
+    flash = functools.cache(lambda: varlen.prepare(every, dtype=dtype, device=device))
+    plain = functools.cache(lambda: blocked.prepare(every, dtype=dtype, device=device))
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        kernel = flash if varlen.available(device) and varlen.can(query, keys, values, features) else plain
+        return kernel()(query, keys, values, features)
 
     return attend

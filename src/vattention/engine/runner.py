@@ -8,6 +8,7 @@ import torch
 
 from vattention.attention import choose
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
+from vattention.attention.placing import place
 from vattention.cache import KVCache
 from vattention.engine.request import Chunk
 
@@ -46,11 +47,12 @@ class Runner:
             positions += range(chunk.start, chunk.end)
             wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
         batch = AttentionBatch.build(segments, self._layers, self._kernel)
+        ids, places, keep = place((tokens, positions, wanted_rows), self._device)
         output = self._model(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
+            input_ids=ids[None],
+            position_ids=places[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
+            logits_to_keep=keep,
             **{NAME: batch},
         )
         logits: torch.Tensor = output.logits[0]
