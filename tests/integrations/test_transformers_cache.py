@@ -225,10 +225,65 @@ def test_what_beams_hold_and_copy():
             logits_processor=LogitsProcessorList([look]),
         )  # fmt: skip
     one = -(-2000 * 256 // page) * page * streams
-    for step, stats in enumerate(seen[1:], start=1):  # the first sees eight prompts computed, and reorders them next
+    for step, stats in enumerate(seen, start=1):  # the first sees eight equal prompts
         assert stats.created <= 1.2 * one, f"step {step}"
         assert stats.copied <= step * 8 * streams * (page - 1)
     assert seen[-1].copied > seen[1].copied
+
+
+def states(rows: list[int], tokens: int, seed: int = 0, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V `[batch, 2, tokens, width]`; rows of the same number are the same."""
+    made = torch.randn(2, max(rows) + 1, 2, tokens, width, generator=torch.Generator().manual_seed(seed))
+    return made[0, rows], made[1, rows]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_rows_of_the_same_prompt_share_it_from_the_start(given: bool):
+    rows, tokens = [0, 0, 0, 1, 1], 600
+    config = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=2, head_dim=16).config
+    mask = torch.ones(5, tokens)
+    mask[3:, :100] = 0
+    reference = DynamicCache(config=config)
+    with VirtualCache(config, page_size=4096, attention_mask=mask if given else None, guard=True) as cache:
+        for part in range(3):  # a prompt in chunks
+            new = states(rows, tokens, seed=part)
+            both = cache.update(*new, 0), reference.update(*new, 0)
+            for ours, theirs in zip(*both, strict=True):
+                assert torch.equal(ours[:3], theirs[:3])
+                assert torch.equal(ours[3:, :, 100 * given :], theirs[3:, :, 100 * given :])
+            assert cache.stats().created <= 0.55 * 5 * 3600 * 128 * (part + 1) * tokens / 1800
+        shared = cache.stats().created
+        one = states([0, 1, 2, 3, 4], 1)  # each goes its own way
+        cache.update(*one, 0)
+        reference.update(*one, 0)
+        cache.update(*states(rows, 200, seed=9), 0)  # equal again, but not what is before it
+        theirs = reference.update(*states(rows, 200, seed=9), 0)
+        assert cache.stats().created > shared
+        assert torch.equal(cache.layers[0].keys[:3], theirs[0][:3])
+        assert torch.equal(cache.layers[0].values[:3], theirs[1][:3])
+
+
+def test_zeros_of_another_sign_are_not_the_same():
+    config = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=2, head_dim=16).config
+    key, value = states([0, 0], 40)
+    key[:, 0, 0, 0] = torch.tensor([0.0, -0.0])
+    with VirtualCache(config) as cache:
+        ours, _ = cache.update(key, value, 0)
+        assert torch.equal(ours[:, 0, 0, 0].signbit(), torch.tensor([False, True]))
+
+
+def test_no_room_for_the_tails_of_rows_that_share_leaves_nothing_behind():
+    config = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=2, head_dim=16).config
+    with VirtualCache(config, page_size=4096, memory=7 * 4096, head_major=False) as cache:
+        cache.update(*states([0, 0], 20), 0)  # K and V, two pages and a tail of each
+        before = cache.layers[0].keys.clone()
+        with pytest.raises(OutOfPages):
+            cache.update(*states([0, 0], 300, seed=1), 0)
+        assert cache.get_seq_length() == 20
+        assert torch.equal(cache.layers[0].keys, before)
+        key, value = cache.update(*states([0, 0], 5, seed=2), 0)
+        assert torch.equal(key[:, :, :20], before)
+        assert torch.equal(value[:, :, 20:], states([0, 0], 5, seed=2)[1])
 
 
 def test_encoder_and_decoder():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from vattention.cli.options import (
     CAPACITY,
+    FEATURES,
     LAYOUT,
     add_capacity,
     add_command,
+    add_features,
     add_layout,
     add_model,
     filled,
@@ -22,14 +25,99 @@ from vattention.errors import ConfigError
 
 def add_to(commands: Any) -> None:
     """Add the command, and its own."""
-    about = "measurements: memory, growth, generate, driver, kernels"
+    about = "measurements: throughput, latency, coldstart, memory, growth, generate, driver, kernels"
     parser = commands.add_parser("bench", help=about, description="Measurements.")
     benches = parser.add_subparsers(required=True, metavar="WHAT")
+    _add_throughput(benches)
+    _add_latency(benches)
+    _add_coldstart(benches)
     _add_memory(benches)
     _add_growth(benches)
     _add_generate(benches)
     _add_driver(benches)
     _add_kernels(benches)
+
+
+def _add_throughput(to: Any) -> None:
+    about = "tokens per second, all requests at once, side by side with other engines"
+    parser = add_command(to, "throughput", throughput, about, _THROUGHPUT)
+    add = parser.add_argument
+    _add_contest(parser)
+    add("--requests", type=numbers, metavar="N,...", help="at once; a case each (8)")
+    add("--prompt-tokens", type=numbers, metavar="N,...", help="of each request; a case each (512)")
+    add("--output-tokens", type=int, metavar="N", help="of each request (64)")
+    add("--trace", metavar="CSV", help="draw the lengths of --requests requests from this file instead")
+    add("--longest", type=int, metavar="N", help="what the lengths of a trace are scaled to fit, in and out (2048)")
+    add("--shared-prefix", type=int, metavar="N", help="tokens that all prompts of a run begin with (0)")
+    add(
+        "--at-least",
+        type=_value,
+        action="append",
+        metavar="[PEER.]METRIC=X",
+        help="fail where the ratio of prefill, decode or output is less; may be repeated",
+    )
+    add("--plot", metavar="F", help="draw the result into this file (.png, .svg, .pdf)")
+
+
+def _add_latency(to: Any) -> None:
+    about = "time to first token and per token of a single request, side by side with other engines"
+    parser = add_command(to, "latency", latency, about, _LATENCY)
+    add = parser.add_argument
+    _add_contest(parser)
+    add("--requests", type=int, metavar="N", help="one after the other, in each round (4)")
+    add("--prompt-tokens", type=int, metavar="N", help="of each request (512)")
+    add("--output-tokens", type=int, metavar="N", help="of each request (64)")
+
+
+def _add_coldstart(to: Any) -> None:
+    about = "from starting a process to its first token, `vattention generate` beside transformers"
+    parser = add_command(to, "coldstart", coldstart, about, _COLDSTART)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="a directory or a .gguf file; without it, the demo model")
+    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (bfloat16)")
+    add("--prompt", metavar="TEXT", help="what to continue")
+    add("--rounds", type=int, metavar="N", help="processes of each side (5)")
+    add("--threads", type=int, metavar="N", help="of each side (a core each)")
+    add("--max-ratio", type=float, metavar="X", help="fail where ours takes more than X times as long")
+    add("--timeout", type=float, metavar="S", help="seconds for a process (300)")
+    add("--json", metavar="F", help="write the result to this file")
+
+
+def _add_contest(parser: argparse.ArgumentParser) -> None:
+    """Who is measured, and what is the same for all of them."""
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="a directory or a .gguf file; without it, the demo model")
+    add("--dtype", metavar="NAME", help="of weights, K and V: float32, bfloat16 or float16 (bfloat16)")
+    add(
+        "--peer",
+        type=_named,
+        action="append",
+        metavar="NAME[=FOLDER]",
+        help="vllm, openvino, transformers, transformers-cb or llama.cpp, and the virtual environment that has it;"
+        " may be repeated",
+    )
+    add("--peer-model", type=_named, action="append", metavar="NAME=PATH", help="what it reads in place of MODEL")
+    add(
+        "--peer-option",
+        type=_named,
+        action="append",
+        metavar="NAME.KEY=VALUE",
+        help="an option of that engine, such as transformers.cache=static; may be repeated",
+    )
+    add("--rounds", type=int, metavar="N", help="of each side, in turns (3)")
+    add("--threads", type=int, metavar="N", help="of each side (a core each)")
+    add("--seed", type=int, metavar="N", help="of the prompts (0)")
+    add("--preload", metavar="LIB", help="LD_PRELOAD of every side, such as the path of libtcmalloc")
+    add("--wait-policy", metavar="NAME", help="OMP_WAIT_POLICY of every side, active or passive (as it is)")
+    add("--timeout", type=float, metavar="S", help="seconds for any answer of a side, its start included (900)")
+    add("--max-num-seqs", type=int, metavar="N", help="requests computed at once, on every side (64)")
+    add("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a pass, on every side (each side's own)")
+    add("--kv-cache-memory", metavar="SIZE", help="memory for K and V of every side (4GiB)")
+    add("--json", metavar="F", help="write the result to this file")
+    add_features(parser)
+    ours = parser.add_argument_group("of our engine alone").add_argument
+    ours("--page-size", metavar="SIZE", help='such as "64KiB" (the cache chooses)')
+    add_layout(parser)
 
 
 def _add_memory(to: Any) -> None:
@@ -130,6 +218,78 @@ def _add_kernels(to: Any) -> None:
     add("--json", metavar="F", help="write the result to this file")
 
 
+def throughput(args: argparse.Namespace) -> int:
+    """All requests at once, side by side."""
+    from vattention.bench.throughput import ThroughputBench, run
+
+    return run(filled(ThroughputBench, args, contest=_contest(args), at_least=_bars(args)))
+
+
+def latency(args: argparse.Namespace) -> int:
+    """One request at a time, side by side."""
+    from vattention.bench.latency import LatencyBench, run
+
+    return run(filled(LatencyBench, args, contest=_contest(args)))
+
+
+def coldstart(args: argparse.Namespace) -> int:
+    """From starting a process to its first token."""
+    from vattention.bench.coldstart import ColdstartBench, run
+
+    return run(filled(ColdstartBench, args))
+
+
+def _contest(args: argparse.Namespace) -> Any:
+    """The sides that `args` describe."""
+    from vattention.bench.contest import ContestOptions
+
+    models = dict(getattr(args, "peer_model", ()))
+    options: dict[str, dict[str, Any]] = {}
+    for name, value in getattr(args, "peer_option", ()):
+        peer, _, key = name.rpartition(".")  # llama.cpp has a dot, keys have none
+        if not peer or value is None:
+            raise ConfigError(f"--peer-option {name}: write NAME.KEY=VALUE")
+        options.setdefault(peer, {})[key] = _literal(value)
+    if None in models.values():
+        raise ConfigError("--peer-model: write NAME=PATH")
+    ours = given(args, ("page_size", *(name for name in FEATURES if name != "enable_prefix_caching"), *LAYOUT))
+    return filled(
+        ContestOptions,
+        args,
+        peers=dict(getattr(args, "peer", ())),
+        peer_models=models,
+        peer_options=options,
+        ours=ours,
+    )
+
+
+def _bars(args: argparse.Namespace) -> dict[str, float]:
+    return dict(getattr(args, "at_least", ()))
+
+
+def _named(text: str) -> tuple[str, str | None]:
+    """NAME or NAME=VALUE."""
+    name, sign, value = text.partition("=")
+    return name, value if sign else None
+
+
+def _value(text: str) -> tuple[str, float]:
+    """NAME=X."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write a name, = and a number, not {text!r}") from None
+
+
+def _literal(text: str) -> Any:
+    """A number, true, false, null or anything else that JSON knows; otherwise the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def memory(args: argparse.Namespace) -> int:
     """Replay request lengths through a real cache."""
     from vattention.bench.geometry import GEOMETRIES
@@ -170,6 +330,38 @@ def kernels(args: argparse.Namespace) -> int:
 
     return run(filled(KernelBench, args))
 
+
+_THROUGHPUT = """\
+Every side is a process of its own, loads the model once, does each case once to warm up, and then works in turns with
+the others; a side that is not at work is stopped. A round of a case is two runs: one token of output from each prompt
+(prefill), and the whole; decoding is the difference. A ratio is the median of the ratios within each round, and more
+than 1 means that ours is faster. METRIC is prefill, decode or output.
+Exit code 1: the conditions of the sides differ, or a ratio is less than --at-least.
+
+examples:
+  vattention bench throughput --requests 1,8 --prompt-tokens 512,2048
+  vattention bench throughput --peer vllm=envs/vllm --at-least decode=2.0 --at-least prefill=1.8
+  vattention bench throughput --peer openvino=envs/openvino --peer-model openvino=exported --json result.json
+  vattention bench throughput --trace conversation.csv --requests 64 --longest 2048 --peer vllm=envs/vllm
+  vattention bench throughput --peer transformers --peer-option transformers.cache=static --plot result.png
+"""
+
+_LATENCY = """\
+The sides are those of `vattention bench throughput`, with the same checks.
+Exit code 1: the conditions of the sides differ.
+
+examples:
+  vattention bench latency
+  vattention bench latency --peer transformers --peer-option transformers.cache=static --peer vllm=envs/vllm
+"""
+
+_COLDSTART = """\
+Fresh processes of both sides in turns; the first of each is not counted, as it brings files into memory.
+Exit code 1: ours takes more than --max-ratio as long.
+
+examples:
+  vattention bench coldstart --max-ratio 1.1
+"""
 
 _MEMORY = """\
 A trace is a CSV file with the columns num_prefill_tokens,num_decode_tokens or ContextTokens,GeneratedTokens. Without

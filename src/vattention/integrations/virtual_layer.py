@@ -12,6 +12,8 @@ from vattention.cache import KVCache
 from vattention.errors import ConfigError, InvalidRequest
 from vattention.integrations.store import Kind, Store
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class VirtualLayer(DynamicLayer):
     """K and V of one layer, rows of a batch at neighbouring addresses.
@@ -38,6 +40,7 @@ class VirtualLayer(DynamicLayer):
         self._rows = range(0)
         self._length = 0
         self._padding: list[int] = []  # tokens, of every row
+        self._alike: list[int] = []  # for each row, the first that has had the same prompt so far
         self._all: tuple[torch.Tensor, torch.Tensor] | None = None  # [batch, heads, padded_len, width]
 
     # -- what transformers reads ----------------------------------------------------------------------------------
@@ -86,6 +89,7 @@ class VirtualLayer(DynamicLayer):
         cache = self._store.layer(self._index, kind, batch)
         self._take(cache, batch)
         self._padding = starts
+        self._alike = [starts.index(start) for start in starts]
         if any(starts):
             try:
                 cache.pad(dict(zip(self._rows, starts, strict=True)))
@@ -126,27 +130,46 @@ class VirtualLayer(DynamicLayer):
         assert self._cache is not None
         assert self._all is not None
         self._check(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[2]
-        self._cache.step(dict.fromkeys(self._rows, end))
+        end = self._length + key_states.shape[2]
+        self._alike = _alike(self._alike, key_states, value_states)
+        with torch.no_grad():
+            if self._alike != list(range(len(self._rows))):
+                self._grow_alike(key_states, value_states, end)
+            else:
+                self._cache.step(dict.fromkeys(self._rows, end))
+                self._write(range(len(self._rows)), key_states, value_states)
         self._length = end
         key, value = self._all
-        with torch.no_grad():
-            if start < max(self._padding):
-                self._write_after_padding(key_states, value_states, start)
-            else:
-                key.narrow(2, start, end - start).copy_(key_states)
-                value.narrow(2, start, end - start).copy_(value_states)
         shown = key.narrow(2, 0, end), value.narrow(2, 0, end)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return _inference_only(*shown, key_states, value_states)
         return shown
 
-    def _write_after_padding(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int) -> None:
+    def _grow_alike(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> None:
+        """Write one of the rows that are alike, as beams of a prompt are, and let the others share it."""
+        assert self._cache is not None
+        first = sorted(set(self._alike))
+        self._cache.step({self._rows[row]: end for row in first})
+        try:
+            self._write(first, key_states, value_states)
+            others = {row: leader for row, leader in enumerate(self._alike) if row != leader}
+            self._cache.reorder({self._rows[row]: self._rows[leader] for row, leader in others.items()})
+        except BaseException:
+            self._cache.step({self._rows[row]: self._length for row in first})
+            raise
+
+    def _write(self, rows: Sequence[int], key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Put new tokens of some rows behind those that are there, but for padding."""
         assert self._all is not None
-        for row, padding in enumerate(self._padding):
-            skipped = min(max(0, padding - start), key_states.shape[2])
+        start, tokens = self._length, key_states.shape[2]
+        if len(rows) == len(self._rows) and start >= max(self._padding):
             for whole, new in zip(self._all, (key_states, value_states), strict=True):
-                whole[row, :, start + skipped : start + new.shape[2]].copy_(new[row, :, skipped:])
+                whole.narrow(2, start, tokens).copy_(new)
+            return
+        for row in rows:
+            skipped = min(max(0, self._padding[row] - start), tokens)
+            for whole, new in zip(self._all, (key_states, value_states), strict=True):
+                whole[row, :, start + skipped : start + tokens].copy_(new[row, :, skipped:])
 
     def _fits(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         same = Kind.of(key, value) == self._kind and value.shape[:3] == key.shape[:3]
@@ -229,6 +252,7 @@ class VirtualLayer(DynamicLayer):
                 self._free(target)
             raise
         self._padding = [self._padding[source] for source in sources]
+        self._alike = list(range(batch))
         if target != rows:
             self._show(target)
             self._free(range(max(target.stop, rows.start), rows.stop) if target.start == rows.start else rows)
@@ -258,6 +282,7 @@ class VirtualLayer(DynamicLayer):
         twin = VirtualLayer(self._index, store, self._starts)
         if self._cache is not None:
             twin._kind, twin._padding = self._kind, list(self._padding)
+            twin._alike = list(range(len(self._rows)))
             twin._take(self._cache, len(self._rows))
             try:
                 self._cache.reorder(dict(zip(twin._rows, self._rows, strict=True)))
@@ -281,6 +306,27 @@ def _spread(starts: Sequence[int], batch: int) -> list[int]:
             f"attention_mask has {len(starts)} rows, and the first batch has {batch}: give the mask of this batch"
         )
     return [start for start in starts for _ in range(batch // len(starts))]
+
+
+def _alike(before: Sequence[int], key: torch.Tensor, value: torch.Tensor) -> list[int]:
+    """Which rows are still alike, to the last bit, with these new tokens: for each row, the first of them.
+
+    Neighbours are compared, as generate() puts the beams or samples of a prompt side by side. Tokens that come one by
+    one are not worth it: rows that choose their own part at once.
+    """
+    alike = list(range(len(before)))
+    if key.shape[2] == 1:
+        return alike
+    for row in alike[1:]:
+        if before[row] == before[row - 1] and _same_bits(key, row) and _same_bits(value, row):
+            alike[row] = alike[row - 1]
+    return alike
+
+
+def _same_bits(states: torch.Tensor, row: int) -> bool:
+    """Whether a row is what the row before it is; 0 and -0 differ, NaN is itself."""
+    bits = states.detach().view(_BITS[states.element_size()])
+    return torch.equal(bits[row], bits[row - 1])
 
 
 class _InferenceOnly(torch.autograd.Function):

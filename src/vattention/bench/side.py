@@ -1,0 +1,217 @@
+"""One engine in a process of its own, as whoever measures sees it.
+
+A side that is not at work is stopped (SIGSTOP, every process of it), so that it cannot take the cores from the others
+by waiting busily: all sides alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vattention.bench import processes
+from vattention.errors import ConfigError, EngineError
+
+_GOODBYE = 20.0
+"""Seconds for an engine to end by itself."""
+
+
+class Side:
+    """A worker (see `peers.wire`) and the processes it starts.
+
+    Args:
+        name: what people call it.
+        command: what to run.
+        environment: of the process.
+        cores: what its threads may run on; None: all.
+        timeout: seconds for any answer.
+
+    Raises:
+        ConfigError: the command cannot be run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        cores: Collection[int] | None = None,
+        timeout: float,
+    ) -> None:
+        self.name = name
+        self._timeout = timeout
+        self._unread = b""
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        try:
+            with _confined(cores):
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._log,
+                    env=dict(environment),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._log.close()
+            raise ConfigError(f"cannot run {command[0]} for {name}: {error.strerror}") from None
+        self.session = self._process.pid
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """One command, and the answer to it.
+
+        Raises:
+            EngineError: it failed, died or did not answer in time. Nothing of it is left running then.
+        """
+        try:
+            return self._answer(command)
+        except BaseException:
+            self.close(at_once=True)
+            raise
+
+    def _answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        deadline = time.monotonic() + self._timeout
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: reading says how
+        answer: dict[str, Any] = json.loads(self._line(command["do"], deadline))
+        if "error" in answer:
+            raise EngineError(f"{self.name} failed to {command['do']}: {_short(answer['error'])}{self._last_words()}")
+        return answer
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The others must be stopped meanwhile; this one is, afterwards."""
+        processes.send(self.session, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            processes.send(self.session, signal.SIGSTOP)
+
+    def cpu_seconds(self) -> float:
+        """CPU time used so far, by all its processes."""
+        return processes.cpu_seconds(self.session)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End it, by asking unless `at_once`; what does not end is killed. Idempotent."""
+        if self._log.closed:
+            return
+        if not at_once:
+            processes.send(self.session, signal.SIGCONT)
+            try:
+                assert self._process.stdin is not None
+                self._process.stdin.write(b'{"do": "quit"}\n')
+                self._process.stdin.flush()
+                self._process.wait(_GOODBYE)
+            except (BrokenPipeError, subprocess.TimeoutExpired):
+                pass  # it will be killed
+        processes.kill(self.session)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:  # a command that nobody has read
+                continue
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()  # by asking even after an error elsewhere: who is killed leaves shared memory behind
+
+    def _line(self, doing: str, deadline: float) -> bytes:
+        """The next line it writes."""
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+                raise EngineError(
+                    f"{self.name} did not {doing} within {self._timeout:g} s and was killed: raise --timeout, or give"
+                    f" it less to do{self._last_words()}"
+                )
+            read = os.read(pipe, 1 << 16)
+            if not read:
+                raise EngineError(f"{self.name} died of {self._death()} when asked to {doing}{self._last_words()}")
+            self._unread += read
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _death(self) -> str:
+        try:
+            code = self._process.wait(_GOODBYE)
+        except subprocess.TimeoutExpired:
+            return "an unknown cause (it closed its output)"
+        if code == -signal.SIGKILL:
+            return "SIGKILL (out of memory, most likely: fewer requests, or a smaller --kv-cache-memory)"
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        return f"; its last words: {_short(' | '.join(lines[-4:]))}" if lines else ""
+
+
+def environment_for(
+    python: str | None, *, threads: int, preload: str | None = None, wait_policy: str | None = None
+) -> dict[str, str]:
+    """The environment of a worker: this one, with the threads, the preloaded libraries and the OMP_WAIT_POLICY that
+    every side gets.
+
+    Args:
+        python: of another environment; None: this one's, which may need `PYTHONPATH`.
+    """
+    variables = dict(os.environ)
+    if python is not None:
+        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
+            variables.pop(name, None)
+    variables |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if preload is not None:
+        variables["LD_PRELOAD"] = preload
+    if wait_policy is not None:
+        variables["OMP_WAIT_POLICY"] = wait_policy
+    return variables
+
+
+def python_in(folder: str) -> str:
+    """The Python of a virtual environment. Raises ConfigError where there is none."""
+    python = Path(folder, "bin", "python")
+    if not os.access(python, os.X_OK):
+        raise ConfigError(f"{folder} is no virtual environment: there is no {python}")
+    return str(python.absolute())
+
+
+@contextmanager
+def _confined(cores: Collection[int] | None) -> Iterator[None]:
+    """What is started in here may only run on `cores`."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 600 else "... " + text[-600:]
