@@ -92,6 +92,8 @@ def test_the_numbers_of_a_call() -> None:
     assert [x.tolist() for x in second[1:4]] == [[0, 4, 9], [3072, 2048, 2048], [9, 5]]
     assert second[4:] == (5, 9)
     assert all(x.dtype == torch.int32 for x in [*first[1:4], *second[1:4]])
+    there = varlen._plan([segments[0], segments[2]], 1024, torch.device("meta"))
+    assert all(x.device.type == "meta" for x in there if isinstance(x, torch.Tensor))
 
 
 def test_a_query_as_transformers_makes_it_is_used_as_it_is_and_any_other_is_copied() -> None:
@@ -152,7 +154,7 @@ def test_which_kernel_a_gpu_gets(
 
         def prepare(*args: Any, name: str = name, real: Any = kernel.prepare, **kwargs: Any) -> Any:
             used.append(name)
-            return real(*args, **kwargs)
+            return real(*args, **kwargs, **({"operator": nothing_on_the_host} if name == "varlen" else {}))
 
         monkeypatch.setattr(kernel, "prepare", prepare)
     monkeypatch.setattr(varlen, "available", lambda device: device_has_it)
@@ -167,6 +169,15 @@ def test_which_kernel_a_gpu_gets(
     out = made.attend(query, keys, values, replace(asked, sinks=sinks))
     assert (out.shape, out.device.type, out.dtype) == ((rows, 4, 16), "meta", dtype)
     assert used == ["varlen" if flash else "blocked"]
+    assert made.single_slots.device.type == made.single_positions.device.type == "meta"
+
+
+def nothing_on_the_host(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """The real operator; on a GPU it refuses a tensor that is elsewhere, without numbers it does not look."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 6
+    assert all(x.device.type == "meta" for x in tensors)
+    return torch.ops.aten._flash_attention_forward.default(*args, **kwargs)
 
 
 def test_lists_travel_together() -> None:

@@ -14,14 +14,11 @@ from vattention.attention.base import Attend, Features, Segment
 def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
     """The `Kernel` that picks one for each layer call. What a kernel prepares is made once, if it is used at all.
 
-    On a CPU, where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains.
-    Elsewhere it is `varlen` where that can, and `blocked` for everything else.
+    Where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains.
     """
-    pick = _on_a_cpu if device.type == "cpu" else _elsewhere
-    return pick(tuple(segments), dtype, device)
-
-
-def _on_a_cpu(every: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> Attend:
+    every = tuple(segments)
+    if device.type != "cpu":
+        return _elsewhere(every, dtype, device)
     several = tuple(segment for segment in every if segment.rows > 1)
     single = functools.cache(lambda: cpu_decode.prepare([segment for segment in every if segment.rows == 1]))
     stock = functools.cache(lambda some: sdpa.prepare(some, dtype=dtype, device=device))
@@ -42,6 +39,7 @@ def _on_a_cpu(every: tuple[Segment, ...], dtype: torch.dtype, device: torch.devi
 
 
 def _elsewhere(every: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> Attend:
+    """`varlen` where it can, and `blocked` for everything else."""
     flash = functools.cache(lambda: varlen.prepare(every, dtype=dtype, device=device))
     plain = functools.cache(lambda: blocked.prepare(every, dtype=dtype, device=device))
 
