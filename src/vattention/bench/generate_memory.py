@@ -64,9 +64,10 @@ class _Geometry:
         """One forward pass."""
         self.write(cache, self.states(batch, tokens))
 
-    def states(self, batch: int, tokens: int) -> torch.Tensor:
-        """K or V of one layer."""
-        return torch.zeros(1, 1, 1, 1, dtype=self.dtype).expand(batch, self.heads, tokens, self.width)
+    def states(self, batch: int, tokens: int, *, alike: bool = False) -> torch.Tensor:
+        """K or V of one layer; no two rows are the same, or all are."""
+        rows = torch.zeros(batch) if alike else torch.arange(batch)
+        return rows.to(self.dtype).reshape(batch, 1, 1, 1).expand(batch, self.heads, tokens, self.width)
 
     def write(self, cache: Any, states: torch.Tensor) -> None:
         """The same K and V in every layer."""
@@ -124,17 +125,24 @@ def _beams(model: _Geometry) -> list[Bar]:
         one = cache.stats().created
         streams = sum(2 * (model.heads if layer.head_major else 1) for layer in cache.layers)
     with VirtualCache(model.config, page_size=_PAGE) as cache:
-        model.update(cache, 8, 2000)
-        cache.reorder_cache(torch.zeros(8, dtype=torch.int64))  # what the first step of beam search says
-        stats = cache.stats()
-        shared = Bar("8 beams of a 2,000-token prompt, against one", stats.created, one, 1.2)
-        tails = Bar("bytes copied for them, against a page a stream", stats.copied, 7 * streams * _PAGE, 1 - 1 / _PAGE)
+        model.write(cache, model.states(8, 2000, alike=True))  # generate() computes the prompt for each
+        first = cache.stats()
         model.update(cache, 8, 1)
-        before = cache.stats().copied
+        cache.reorder_cache(torch.zeros(8, dtype=torch.int64))  # what the first step of beam search says
+        second = cache.stats()
+        model.update(cache, 8, 1)
         cache.reorder_cache(torch.tensor([1, 0, 0, 3, 4, 4, 6, 7]))
-        copied = cache.stats().copied - before
-        step = Bar("bytes copied by a later reorder of 3 rows", copied, 3 * streams * _PAGE, 1 - 1 / _PAGE)
-    return [shared, tails, step]
+        third = cache.stats()
+    held = "8 beams of a 2,000-token prompt, {}, against one"
+    copied = "bytes copied {}, against a page a stream and row"
+    one_page = 1 - 1 / _PAGE  # no full page
+    return [
+        Bar(held.format("computed"), first.created, one, 1.2),
+        Bar(held.format("and reordered"), second.created, one, 1.2),
+        Bar(copied.format("for 7 more"), first.copied, 7 * streams * _PAGE, one_page),
+        Bar(copied.format("when all follow one"), second.copied - first.copied, 7 * streams * _PAGE, one_page),
+        Bar(copied.format("when 3 follow others"), third.copied - second.copied, 3 * streams * _PAGE, one_page),
+    ]
 
 
 class _Written(TorchDispatchMode):
