@@ -13,6 +13,7 @@ from typing import TypedDict
 import torch
 
 from vattention.cache import KVCache, KVLayout
+from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
@@ -24,8 +25,8 @@ from vattention.memory.sizes import format_size, parse_size
 _DEFAULT_SEQS = 16
 """Requests computed at once."""
 
-_DEFAULT_BATCHED_TOKENS = 512
-"""Rows of a pass on a CPU: enough to keep matrix products efficient, few enough that decodes are not held up long."""
+_DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Rows of a pass: enough to keep matrix products efficient, few enough that decodes are not held up long."""
 
 _DEFAULT_MEMORY_SHARE = 2
 """The default KV budget is the memory left after the weights, divided by this. Pages come on demand: a budget that is
@@ -88,7 +89,8 @@ def open_engine(
     poison: bool = False,
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
-    _refuse_what_is_not_built(device, cache, enable_prefix_caching)
+    place = _place(model, device)
+    _refuse_what_is_not_built(cache, enable_prefix_caching, compile and place.type != "cpu")
     with _as_config_errors():
         seed = whole("seed", seed, at_least=0, below=2**64)
         if max_model_len is not None:
@@ -100,7 +102,7 @@ def open_engine(
             max_num_seqs = _DEFAULT_SEQS if rows is None else min(_DEFAULT_SEQS, rows)
         max_num_seqs = whole("max_num_seqs", max_num_seqs, at_least=1)
         if rows is None:
-            rows = max(_DEFAULT_BATCHED_TOKENS, max_num_seqs)
+            rows = max(_DEFAULT_BATCHED_TOKENS[place.type], max_num_seqs)
     budget = None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
     page = None if page_size is None else parse_size(page_size, "page_size")
 
@@ -109,7 +111,9 @@ def open_engine(
         if parse_dtype(dtype) not in (None, loaded.dtype):
             raise ConfigError(f"the model was loaded in {loaded.dtype}, not {dtype}")
     else:
-        loaded = load_model(model, dtype=dtype, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
+        loaded = load_model(
+            model, dtype=dtype, device=place, max_model_len=max_model_len, trust_remote_code=trust_remote_code
+        )
     shape = loaded.geometry
     layout = shape.layout(
         loaded.dtype,
@@ -119,9 +123,11 @@ def open_engine(
         layers_per_stream=layers_per_stream,
         kv_together=kv_together,
     )
-    if budget is None:
+    if budget is None and place.type == "cpu":
         budget = _default_budget(layout)
-    kv_cache = KVCache(layout, memory=budget, page_size=page, guard=guard, poison=poison)
+    elif place.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps in reserve is not free to others, the cache among them
+    kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
     try:
         engine = Engine(
             Runner(loaded.model, kv_cache, compile=compile),
@@ -141,14 +147,14 @@ def open_engine(
     return OpenEngine(loaded, kv_cache, engine)
 
 
-def _announce(loaded: LoadedModel, cache: KVCache, budget: int) -> None:
+def _announce(loaded: LoadedModel, cache: KVCache, budget: int | None) -> None:
     """One line about memory on stderr, and a warning where the longest request does not fit."""
     layout, capacity, stats = cache.layout, cache.capacity(), cache.stats()
     sys.stderr.write(
         f"vattention: {format_size(loaded.weight_bytes)} of weights"
         f" ({str(loaded.dtype).removeprefix('torch.')}{_origin(loaded)});"
         f" KV cache: {format_size(stats.reserved)} reserved for {layout.max_num_seqs} x {layout.max_model_len}"
-        f" tokens, {format_size(budget)} physical budget, {capacity} tokens fit\n"
+        f" tokens, {format_size(stats.budget if budget is None else budget)} physical budget, {capacity} tokens fit\n"
     )
     if layout.max_model_len > capacity:
         warnings.warn(
@@ -170,13 +176,22 @@ def _default_budget(layout: KVLayout) -> int:
     return layout.size if headroom is None else max(1, min(layout.size, headroom // _DEFAULT_MEMORY_SHARE))
 
 
-def _refuse_what_is_not_built(device: str, cache: str, enable_prefix_caching: bool) -> None:
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f'device={device!r} is not built yet: use "cpu"')
+def _place(model: Model, device: str) -> torch.device:
+    """The device that everything is on: that of the weights, where they are loaded already."""
+    if not isinstance(model, LoadedModel):
+        return pick_device(device)
+    if device != "auto" and pick_device(device) != model.device:
+        raise ConfigError(f"the model was loaded on {model.device}, not {device}: say so when loading it")
+    return model.device
+
+
+def _refuse_what_is_not_built(cache: str, enable_prefix_caching: bool, compiled_elsewhere: bool) -> None:
     if cache != "virtual":
         raise ConfigError(f'cache={cache!r} is not built yet: use "virtual"')
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
+    if compiled_elsewhere:
+        raise ConfigError("compile=True is built for CPUs only so far: leave it off")
 
 
 @contextmanager
