@@ -395,7 +395,7 @@ def test_use_after_close(tiny: LoadedModel) -> None:
         ({"cache": "paged", "layers_per_stream": None, "kv_together": True}, "layers_per_stream, kv_together mean"),
         ({"cache": "paged", "kv_cache_memory": 100}, "less than a block"),
         ({"enable_prefix_caching": True}, "not built yet"),
-        ({"device": "cuda"}, "not built yet"),
+        ({"device": "cuda:99"}, "has no CUDA|no GPU|GPUs"),
         ({"dtype": "int4"}, "dtype"),
         ({"dtype": "bfloat16"}, "was loaded in"),
         ({"max_model_len": 1}, "max_model_len"),

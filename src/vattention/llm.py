@@ -30,12 +30,13 @@ class LLM:
     Args:
         model: a directory, a .gguf file, a hub id, None for the demo model, or a `LoadedModel` to share weights.
         dtype: "auto" (the default), "float32", "bfloat16", "float16" or the torch dtype.
-        device: "auto" or "cpu".
+        device: "cpu", "cuda", "cuda:N", or "auto": a GPU where there is one that can hold a cache, else the CPU. What
+            has run on a GPU is in docs/gpu.md.
         max_model_len: tokens of the longest request, prompt and output; None: the model's maximum. Only virtual
             memory is reserved for it.
         max_num_seqs: requests computed at once; None: 16, or max_num_batched_tokens where that is less.
         kv_cache_memory: physical memory for K and V, bytes or a string like "2GiB"; None: half of what is left after
-            the weights, or the whole reservation where that is less.
+            the weights, or the whole reservation where that is less; of a GPU, what brings it to nine tenths in use.
         page_size: bytes or a string, None to let the cache choose.
         cache: "virtual", or "paged": K and V in blocks behind a block table, taken up front, as other engines keep
             them. For comparison; it takes none of page_size, head_major, layers_per_stream, kv_together and guard.

@@ -140,7 +140,9 @@ def test_code_of_the_model_runs_only_when_trusted(copy: Path, typed: Any, comman
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize("options", [["--device", "cuda"], ["--device", "toaster"], ["--dtype", "int8"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [["--device", "cuda:99"], ["--device", "toaster"], ["--dtype", "int8"]], ids=" ".join
+)
 def test_what_no_command_can_do(whole: Path, typed: Any, command: list[str], options: list[str]) -> None:
     # `verify` and `bench growth` compute before they open a cache.
     few = ["--prompts", "1", "--longest", "1", "--max-tokens", "1"] if command == ["verify"] else []

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vattention.attention.placing import place
 from vattention.errors import InvalidRequest, UnsupportedModel
 
 NAME = "vattention_batch"
@@ -135,13 +136,15 @@ class AttentionBatch:
         else:
             _check(segments, slots=table.shape[0], padded_len=table.shape[1] * keys.shape[1])
         singles = next((i for i, segment in enumerate(segments) if segment.rows > 1), len(segments))
+        leading = segments[:singles]
+        slots, positions = place(([s.slot for s in leading], [s.cached for s in leading]), keys.device)
         return cls(
             segments=tuple(segments),
             layers=layers,
             attend=kernel(segments, dtype=keys.dtype, device=keys.device),
             singles=singles,
-            single_slots=torch.tensor([s.slot for s in segments[:singles]], device=keys.device),
-            single_positions=torch.tensor([s.cached for s in segments[:singles]], device=keys.device),
+            single_slots=slots,
+            single_positions=positions,
             places=None if table is None else _places(segments, table, keys.shape[1]),
         )
 

@@ -1,4 +1,4 @@
-"""Which kernel computes a layer: the fastest that has what the layer asks for."""
+"""Which kernel computes a layer: the fastest that has what the layer asks for, on the device where the cache is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vattention.attention import blocked, cpu_decode, sdpa
+from vattention.attention import blocked, cpu_decode, sdpa, varlen
 from vattention.attention.base import Attend, Features, Segment
 
 
@@ -18,6 +18,8 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
     CPU `blocked`, whose matrix products are faster than torch's attention there, unless rows are few.
     """
     every = tuple(segments)
+    if device.type != "cpu":
+        return _elsewhere(every, dtype, device)
     several = tuple(segment for segment in every if segment.rows > 1)
     single = functools.cache(lambda: cpu_decode.prepare([segment for segment in every if segment.rows == 1]))
     stock = functools.cache(lambda some: sdpa.prepare(some, dtype=dtype, device=device))
@@ -35,5 +37,17 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
         if alone:
             single()(query, keys, values, features, out)
         return out
+
+    return attend
+
+
+def _elsewhere(every: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> Attend:
+    """`varlen` where it can, and `blocked` for everything else."""
+    flash = functools.cache(lambda: varlen.prepare(every, dtype=dtype, device=device))
+    plain = functools.cache(lambda: blocked.prepare(every, dtype=dtype, device=device))
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        kernel = flash if varlen.available(device) and varlen.can(query, keys, values, features) else plain
+        return kernel()(query, keys, values, features)
 
     return attend

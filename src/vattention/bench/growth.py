@@ -87,6 +87,7 @@ def run(options: GrowthBench) -> int:
     loaded = load_model(
         options.model,
         dtype=options.dtype,
+        device=options.engine.place,
         max_model_len=options.engine.max_model_len,
         trust_remote_code=options.trust_remote_code,
     )

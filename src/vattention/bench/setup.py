@@ -15,7 +15,7 @@ _BATCHED_TOKENS = 512
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """As the arguments of `LLM`, with its defaults."""
+    """As the arguments of `LLM`, with its defaults, but for `device`: "auto" is the CPU."""
 
     device: str = "auto"
     max_model_len: int | None = None
@@ -29,9 +29,16 @@ class EngineOptions:
     guard: bool = False
     poison: bool = False
 
+    @property
+    def place(self) -> str:
+        """Where the model is loaded, and its cache opened."""
+        return "cpu" if self.device == "auto" else self.device
+
 
 def open_cache(loaded: LoadedModel, options: EngineOptions) -> KVCache:
-    """A cache for `loaded`; the budget is half of what the machine has left unless one is given.
+    """A cache for `loaded`, where its weights are.
+
+    Unless one is given, the budget is half of what the machine has left; of a GPU, nine tenths less what is in use.
 
     Raises: as `LLM` does.
     """
@@ -48,8 +55,8 @@ def open_cache(loaded: LoadedModel, options: EngineOptions) -> KVCache:
     default = layout.size if headroom is None else max(1, min(layout.size, headroom // 2))
     return KVCache(
         layout,
-        device="cpu" if options.device == "auto" else options.device,
-        memory=options.kv_cache_memory or default,
+        device=loaded.device,
+        memory=options.kv_cache_memory or (default if loaded.device.type == "cpu" else None),
         page_size=options.page_size,
         guard=options.guard,
         poison=options.poison,

@@ -139,7 +139,7 @@ class RecordingRunner(Runner):
         logits = super().forward(chunks)
         sampling = (chunk for chunk in chunks if chunk.samples)
         for chunk, row in zip(sampling, logits, strict=True):
-            self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone()
+            self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone().cpu()
         return logits
 
 
@@ -155,6 +155,7 @@ def run(options: Verify) -> int:
     loaded = load_model(
         options.model,
         dtype=options.dtype,
+        device=engine.place,
         max_model_len=engine.max_model_len,
         trust_remote_code=options.trust_remote_code,
     )

@@ -57,7 +57,7 @@ def add_model(parser: argparse.ArgumentParser, *, dtype: str = "auto") -> None:
     add = parser.add_argument
     add("model", nargs="?", default=None, metavar="MODEL", help=_MODEL)
     add("--dtype", metavar="NAME", help=f"float32, bfloat16, float16 or auto ({dtype})")
-    add("--device", metavar="NAME", help="cpu, or auto (auto)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:N, or auto (auto)")
     add("--trust-remote-code", action="store_true", help="run the configuration's and the tokenizer's own code, if any")
 
 

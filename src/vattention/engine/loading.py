@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vattention.attention.base import NAME, register
+from vattention.engine.devices import pick_device
 from vattention.engine.gguf import GGUFFile, check_rope, read_gguf, read_once
 from vattention.engine.judge import Geometry, judge
 from vattention.engine.quantised import DEQUANTISED, method_of
@@ -64,11 +66,17 @@ class LoadedModel:
     dequantised_from: int | None = None
     """Bytes of the quantised files that became `weight_bytes`; None where nothing was dequantised."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
 
 def load_model(
     model: str | os.PathLike[str] | None,
     *,
     dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -78,6 +86,7 @@ def load_model(
         model: a directory, a .gguf file, a hub id, or None for the demo model.
         dtype: "auto" (that of the checkpoint; float32 for GGUF, whose numbers have none), "float32", "bfloat16",
             "float16", or the torch dtype.
+        device: where the weights go, by way of the host's memory; see `pick_device`.
         max_model_len: see `Geometry.longest_request`, which this asks before it loads any weight.
         trust_remote_code: run code that comes with the model, of its configuration and its tokenizer. Its attention is
             never run: what computes the model is always the class of transformers that was compared.
@@ -86,6 +95,7 @@ def load_model(
         ConfigError: it cannot be found or read. UnsupportedModel: it would not be computed exactly; with the reason.
     """
     wanted = parse_dtype(dtype)
+    place = pick_device(device)
     source = find(model)
     gguf = read_gguf(str(source)) if source.gguf_file else None
     if gguf is not None:
@@ -95,10 +105,15 @@ def load_model(
         config = _read_config(source, trust_remote_code)
         geometry = judge(config)
         geometry.longest_request(max_model_len)
-        network = _read_weights(source, gguf, config, wanted)
+        network = _read_weights(source, gguf, config, wanted, place)
         tokenizer = _read_tokenizer(source, trust_remote_code)
     _check_tokenizer(source, tokenizer, geometry.vocab_size)
     network.eval().requires_grad_(False)
+    weight_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
+    if place.type != "cpu":
+        check_room(str(source), weight_bytes, device=place)  # of a model from the hub, this is the first look
+        with _errors_of(source, "weights"):
+            network.to(place)
     return LoadedModel(
         name=str(source),
         model=network,
@@ -106,7 +121,7 @@ def load_model(
         geometry=geometry,
         dtype=network.dtype,
         eos_token_ids=_eos(network, tokenizer),
-        weight_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
+        weight_bytes=weight_bytes,
         dequantised_from=_quantised_bytes(source, config),
     )
 
@@ -178,7 +193,9 @@ def _read_config(source: Source, trust: bool) -> Any:
         return AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust)
 
 
-def _read_weights(source: Source, gguf: GGUFFile | None, config: Any, dtype: torch.dtype | None) -> Any:
+def _read_weights(
+    source: Source, gguf: GGUFFile | None, config: Any, dtype: torch.dtype | None, device: torch.device
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     if dtype is None:
@@ -186,7 +203,9 @@ def _read_weights(source: Source, gguf: GGUFFile | None, config: Any, dtype: tor
         if dtype not in _DTYPES.values():
             raise UnsupportedModel(f"the checkpoint is in {dtype}: pass dtype, one of {', '.join(_DTYPES)}")
     with _errors_of(source, "weights"):
-        _check_files(source, gguf, config, dtype)
+        _check_files(source, gguf, config, dtype, None)
+        if device.type != "cpu":
+            _check_files(source, gguf, config, dtype, device)
         if method_of(config) in DEQUANTISED:  # said, because with a GPU at hand transformers would keep them packed
             config.quantization_config = {**_as_dict(config.quantization_config), "dequantize": True}
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -207,19 +226,25 @@ def _read_weights(source: Source, gguf: GGUFFile | None, config: Any, dtype: tor
     return model
 
 
-def _check_files(source: Source, gguf: GGUFFile | None, config: Any, dtype: torch.dtype) -> None:
-    """That the files of a local model are whole and will fit. Those of the hub are checked by its client."""
+def _check_files(
+    source: Source, gguf: GGUFFile | None, config: Any, dtype: torch.dtype, device: torch.device | None
+) -> None:
+    """That the files of a local model are whole and will fit, `device` as in `check_room`.
+
+    Those of the hub are checked by its client.
+    """
+    room = partial(check_room, str(source), device=device)
     if gguf is not None:
-        check_room(str(source), bytes_as(gguf.numbers, dtype), _dequantised(dtype, os.path.getsize(str(source))))
+        room(bytes_as(gguf.numbers, dtype), _dequantised(dtype, os.path.getsize(str(source))))
     elif source.local:
         directory, method = Path(source.name), method_of(config)
         numbers = check_safetensors(directory, packed=2 if method == "mxfp4" else 1)
         if numbers is None:
             return
         if method in DEQUANTISED:
-            check_room(str(source), bytes_as(numbers, dtype), _dequantised(dtype, stored_bytes(directory)))
+            room(bytes_as(numbers, dtype), _dequantised(dtype, stored_bytes(directory)))
         else:
-            check_room(str(source), bytes_as(numbers, dtype) if method is None else stored_bytes(directory))
+            room(bytes_as(numbers, dtype) if method is None else stored_bytes(directory))
 
 
 def _dequantised(dtype: torch.dtype, size: int) -> str:

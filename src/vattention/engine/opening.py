@@ -14,6 +14,7 @@ import torch
 
 from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
+from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
@@ -25,8 +26,8 @@ from vattention.memory.sizes import format_size, parse_size
 _DEFAULT_SEQS = 16
 """Requests computed at once."""
 
-_DEFAULT_BATCHED_TOKENS = 512
-"""Rows of a pass on a CPU: enough to keep matrix products efficient, few enough that decodes are not held up long."""
+_DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Rows of a pass: enough to keep matrix products efficient, few enough that decodes are not held up long."""
 
 _DEFAULT_MEMORY_SHARE = 2
 """The default KV budget is the memory left after the weights, divided by this. Pages come on demand: a budget that is
@@ -91,7 +92,8 @@ def open_engine(
     poison: bool = False,
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
-    _refuse_what_is_not_built(device, enable_prefix_caching)
+    place = _place(model, device)
+    _refuse_what_is_not_built(enable_prefix_caching, place.type, compile=compile, paged=cache == "paged")
     _check_cache(
         cache,
         block_size,
@@ -114,7 +116,7 @@ def open_engine(
             max_num_seqs = _DEFAULT_SEQS if rows is None else min(_DEFAULT_SEQS, rows)
         max_num_seqs = whole("max_num_seqs", max_num_seqs, at_least=1)
         if rows is None:
-            rows = max(_DEFAULT_BATCHED_TOKENS, max_num_seqs)
+            rows = max(_DEFAULT_BATCHED_TOKENS[place.type], max_num_seqs)
     budget = None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
     page = None if page_size is None else parse_size(page_size, "page_size")
 
@@ -123,7 +125,9 @@ def open_engine(
         if parse_dtype(dtype) not in (None, loaded.dtype):
             raise ConfigError(f"the model was loaded in {loaded.dtype}, not {dtype}")
     else:
-        loaded = load_model(model, dtype=dtype, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
+        loaded = load_model(
+            model, dtype=dtype, device=place, max_model_len=max_model_len, trust_remote_code=trust_remote_code
+        )
     shape = loaded.geometry
     layout = shape.layout(
         loaded.dtype,
@@ -133,13 +137,16 @@ def open_engine(
         layers_per_stream=layers_per_stream,
         kv_together=kv_together,
     )
-    if budget is None:
+    if budget is None and place.type == "cpu":
         budget = _default_budget(layout)
+    elif place.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps in reserve is not free to others, the cache among them
     kv_cache: Cache
     if cache == "paged":
+        assert budget is not None
         kv_cache = PagedKVCache(layout, memory=budget, block_size=block_size or DEFAULT_BLOCK_SIZE, poison=poison)
     else:
-        kv_cache = KVCache(layout, memory=budget, page_size=page, guard=guard, poison=poison)
+        kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
     try:
         engine = Engine(
             Runner(loaded.model, kv_cache, compile=compile),
@@ -159,14 +166,14 @@ def open_engine(
     return OpenEngine(loaded, kv_cache, engine)
 
 
-def _announce(loaded: LoadedModel, cache: Cache, budget: int) -> None:
+def _announce(loaded: LoadedModel, cache: Cache, budget: int | None) -> None:
     """One line about memory on stderr, and a warning where the longest request does not fit."""
     layout, capacity, stats = cache.layout, cache.capacity(), cache.stats()
     sys.stderr.write(
         f"vattention: {format_size(loaded.weight_bytes)} of weights"
         f" ({str(loaded.dtype).removeprefix('torch.')}{_origin(loaded)});"
         f" KV cache: {format_size(stats.reserved)} reserved for {layout.max_num_seqs} x {layout.max_model_len}"
-        f" tokens, {format_size(budget)} physical budget, {capacity} tokens fit\n"
+        f" tokens, {format_size(stats.budget if budget is None else budget)} physical budget, {capacity} tokens fit\n"
     )
     if layout.max_model_len > capacity:
         warnings.warn(
@@ -188,11 +195,22 @@ def _default_budget(layout: KVLayout) -> int:
     return layout.size if headroom is None else max(1, min(layout.size, headroom // _DEFAULT_MEMORY_SHARE))
 
 
-def _refuse_what_is_not_built(device: str, enable_prefix_caching: bool) -> None:
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f'device={device!r} is not built yet: use "cpu"')
+def _place(model: Model, device: str) -> torch.device:
+    """The device that everything is on: that of the weights, where they are loaded already."""
+    if not isinstance(model, LoadedModel):
+        return pick_device(device)
+    if device != "auto" and pick_device(device) != model.device:
+        raise ConfigError(f"the model was loaded on {model.device}, not {device}: say so when loading it")
+    return model.device
+
+
+def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, compile: bool, paged: bool) -> None:
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
+    if place != "cpu" and compile:
+        raise ConfigError("compile=True is built for CPUs only so far: leave it off")
+    if place != "cpu" and paged:
+        raise ConfigError('cache="paged" is built for CPUs only so far: use device="cpu", or the virtual cache')
 
 
 def _check_cache(cache: str, block_size: int | None, **virtual: bool) -> None:

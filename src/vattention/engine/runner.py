@@ -9,6 +9,7 @@ import torch
 
 from vattention.attention import choose, paged
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
+from vattention.attention.placing import place
 from vattention.cache import Cache, PagedKVCache
 from vattention.engine.compiled import compile_model
 from vattention.engine.request import Chunk
@@ -53,11 +54,8 @@ class Runner:
             tokens += chunk.request.tokens(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
             wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
-        inputs = {
-            "input_ids": torch.tensor([tokens], device=self._device),
-            "position_ids": torch.tensor([positions], device=self._device),
-            "logits_to_keep": torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
-        }
+        ids, places, keep = place((tokens, positions, wanted_rows), self._device)
+        inputs = {"input_ids": ids[None], "position_ids": places[None], "logits_to_keep": keep}
         output = None
         if self._compiled is not None and self._compiled.ready:
             output = self._compiled.run(self._model, self._batch(segments), **inputs)

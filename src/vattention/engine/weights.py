@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vattention.engine.devices import device_memory
 from vattention.errors import ConfigError
 from vattention.memory.limits import memory_headroom
 from vattention.memory.sizes import format_size
@@ -77,13 +78,16 @@ def stored_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def check_room(what: str, needed: int, why: str = "") -> None:
-    """Raise ConfigError when `needed` bytes of weights are more than this process can still have."""
-    headroom = memory_headroom()
-    if headroom is not None and needed > headroom:
+def check_room(what: str, needed: int, why: str = "", *, device: torch.device | None = None) -> None:
+    """Raise ConfigError when `needed` bytes of weights are more than this process can still have.
+
+    With the `device` that they go to, more than that has left; a CPU is nothing new.
+    """
+    left, machine = (memory_headroom(), "") if device is None else (device_memory(device), f" on {device}")
+    if left is not None and needed > left:
         raise ConfigError(
-            f"{what} needs {format_size(needed)} for its weights{why}, and {format_size(headroom)} of memory are left:"
-            " take a smaller model or dtype, or a larger machine"
+            f"{what} needs {format_size(needed)} for its weights{why}, and {format_size(left)} of memory are left"
+            f"{machine}: take a smaller model or dtype, or a larger machine"
         )
 
 

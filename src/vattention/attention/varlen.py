@@ -1,0 +1,154 @@
+"""FlashAttention as torch ships it, on the slots as they are: two calls a layer, one for decodes and one for the rest.
+
+The operator takes K and V of all sequences behind one another, `[tokens, kv_heads, width]`, and where each begins. The
+slots of a layer are evenly spaced, so a whole layer is such a tensor, without a copy: a request begins at
+slot * padded_len, and `seqused_k` says how many of its tokens count. Beginnings may come in any order. What lies past
+a length is not read, so it may be unmapped.
+
+With `seqused_k` causality is aligned to the lower right: row i of a chunk over cached tokens sees keys 0..cached+i.
+
+Decodes get a call of their own, because the operator splits long contexts over the processors of the device, and makes
+the queries of a group rows of one, only if no request has more than one row and there is no window.
+
+The operator itself is called, and not `torch.nn.attention.varlen`, because torch 2.11 has no `seqused_k` there.
+Sources: its schema, torch.nn.attention.varlen in torch 2.13, https://github.com/Dao-AILab/flash-attention (2).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from vattention.attention.base import Attend, Features, Segment
+from vattention.attention.placing import place
+
+Operator = Callable[..., tuple[torch.Tensor, ...]]
+"""`aten::_flash_attention_forward`, or what stands in for it."""
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_WIDEST = 256
+_VECTOR = 8
+"""Numbers that the kernel loads at once: 16 bytes."""
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether torch has the operator for this device: a build with it, and compute capability 8.0 or later."""
+    return (
+        device.type == "cuda"
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> bool:
+    """Whether the operator computes this: half precision, plain or windowed, and a layer that is one flat tensor."""
+    width = keys.shape[3]
+    return (
+        features.softcap is None
+        and features.sinks is None
+        and query.dtype in _DTYPES
+        and keys.dtype == values.dtype == query.dtype
+        and values.shape[3] == width
+        and width <= _WIDEST
+        and width % _VECTOR == 0
+        and keys.shape[0] * keys.shape[1] < 1 << 31  # beginnings are int32
+        and _is_flat(keys)
+        and _is_flat(values)
+    )
+
+
+def _is_flat(layer: torch.Tensor) -> bool:
+    """Whether slots and tokens can be one dimension, and every head of every token begins where the kernel can load."""
+    slot, token, head, number = layer.stride()
+    aligned = token % _VECTOR == head % _VECTOR == 0 and layer.data_ptr() % (_VECTOR * layer.element_size()) == 0
+    return slot == layer.shape[1] * token and number == 1 and aligned
+
+
+class _Call(NamedTuple):
+    """The requests of one call of the operator.
+
+    Attributes:
+        rows: those of the batch that it computes: a slice where they are neighbours, else `[rows]` int64.
+        query_starts: `[requests + 1]` int32: where each begins among `rows`, and their number.
+        starts: `[requests + 1]` int32: the beginning of each in a flat layer. The last number is never looked at,
+            because `lengths` are given.
+        lengths: `[requests]` int32.
+        most_rows, longest: of any request.
+    """
+
+    rows: slice | torch.Tensor
+    query_starts: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    most_rows: int
+    longest: int
+
+
+def prepare(
+    segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device, operator: Operator | None = None
+) -> Attend:
+    """The `Kernel` of this file, for layers that it `can`. What depends on the batch is made by the first of them."""
+    flash: Operator = torch.ops.aten._flash_attention_forward.default if operator is None else operator
+
+    @functools.cache
+    def calls(padded_len: int) -> tuple[_Call, ...]:
+        single = [segment for segment in segments if segment.rows == 1]
+        several = [segment for segment in segments if segment.rows > 1]
+        return tuple(_plan(part, padded_len, device) for part in (single, several) if part)
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        by_row = query.transpose(0, 1)  # [rows, q_heads, width]
+        if by_row.stride(2) != 1 or by_row.stride(0) % _VECTOR or by_row.stride(1) % _VECTOR:
+            by_row = by_row.contiguous()
+        flat_keys, flat_values = keys.flatten(0, 1), values.flatten(0, 1)  # views, or `can` is wrong
+
+        def compute(call: _Call, rows: torch.Tensor) -> torch.Tensor:
+            left = -1
+            if features.window is not None and features.window < call.longest:
+                left = features.window - 1  # besides its own
+            causal = left < 0 and call.most_rows > 1  # a single row sees everything before it as it is
+            return flash(
+                rows,
+                flat_keys,
+                flat_values,
+                call.query_starts,
+                call.starts,
+                call.most_rows,
+                call.longest,
+                0.0,  # dropout
+                causal,
+                False,  # no debug mask
+                scale=features.scaling,
+                window_size_left=left,
+                window_size_right=0 if causal or left >= 0 else -1,
+                seqused_k=call.lengths,
+            )[0]
+
+        planned = calls(keys.shape[1])
+        if len(planned) == 1:  # of all rows
+            return compute(planned[0], by_row)
+        out = query.new_empty(by_row.shape)
+        for call in planned:
+            out[call.rows] = compute(call, by_row[call.rows])
+        return out
+
+    return attend
+
+
+def _plan(segments: Sequence[Segment], padded_len: int, device: torch.device) -> _Call:
+    query_starts = [0]
+    for segment in segments:
+        query_starts.append(query_starts[-1] + segment.rows)
+    starts = [segment.slot * padded_len for segment in segments]
+    numbers = (query_starts, [*starts, starts[-1]], [segment.length for segment in segments])
+    queries, keys, lengths = place(numbers, device, torch.int32)
+    first, last = segments[0].start, segments[-1].end
+    rows: slice | torch.Tensor = slice(first, last)
+    if last - first != query_starts[-1]:
+        (rows,) = place([[row for segment in segments for row in range(segment.start, segment.end)]], device)
+    most_rows, longest = (max(numbers) for numbers in zip(*((s.rows, s.length) for s in segments), strict=True))
+    return _Call(rows, queries, keys, lengths, most_rows, longest)
