@@ -389,7 +389,6 @@ def test_use_after_close(tiny: LoadedModel) -> None:
     [
         ({"cache": "paged"}, "not built yet"),
         ({"enable_prefix_caching": True}, "not built yet"),
-        ({"compile": True}, "not built yet"),
         ({"device": "cuda:99"}, "has no CUDA|no GPU|GPUs"),
         ({"dtype": "int4"}, "dtype"),
         ({"dtype": "bfloat16"}, "was loaded in"),

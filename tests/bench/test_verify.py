@@ -95,7 +95,7 @@ def test_a_mistake_in_attention_is_found(
             query, keys, values, replace(asked, scaling=asked.scaling * 1.05)
         )
 
-    monkeypatch.setattr("vattention.engine.runner.Runner.__init__.__kwdefaults__", {"kernel": wrong})
+    monkeypatch.setattr("vattention.engine.runner.Runner.__init__.__kwdefaults__", {"kernel": wrong, "compile": False})
     assert main(["verify", tiny_directory, *FEW, "--chunk", chunk, "--max-num-seqs", "4"]) == 1
     out = capsys.readouterr().out
     assert "DIFFERENT" in out

@@ -19,7 +19,7 @@ from support.models import (
     teacher_forced,
     tiny_model,
 )
-from vattention.attention import sdpa
+from vattention.attention import blocked, sdpa
 from vattention.attention.base import AttentionBatch
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel
@@ -91,9 +91,11 @@ def test_batches_and_chunks(
 def test_a_chunk_that_ignores_alignment_would_be_seen(
     model: LoadedModel, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: without the mask of chunks, `is_causal` is aligned to the upper left, and tokens differ."""
-    monkeypatch.setattr(sdpa, "_mask", lambda block, first, window, dtype, device: None)
-    assert tokens_of(engine_for(model, max_num_batched_tokens=512)) == expected, "whole prompts need no mask"
+    """The control: as if nothing were cached before a chunk, tokens differ."""
+    hide = blocked._hide
+    monkeypatch.setattr(blocked, "_hide", lambda scores, own, window: hide(scores, 0, window))
+    monkeypatch.setattr(blocked, "_ROWS", 512)
+    assert tokens_of(engine_for(model, max_num_batched_tokens=512)) == expected, "whole prompts have nothing before"
     assert tokens_of(engine_for(model, max_num_batched_tokens=16)) != expected
 
 
@@ -194,17 +196,17 @@ def test_an_interrupted_pass_leaks_nothing(
 ) -> None:
     """And where it is no interrupt but an error, nothing is lost."""
     engine = engine_for(model, poison=True)
-    attend, calls = sdpa.scaled_dot_product_attention, 0
+    compute, calls = AttentionBatch.compute, 0
 
-    def breaks(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def breaks(*args: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 30:  # in the middle of a pass, K and V of some layers written
             raise interrupt
-        return attend(*args, **kwargs)
+        return compute(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sdpa, "scaled_dot_product_attention", breaks)
+        patched.setattr(AttentionBatch, "compute", breaks)
         if issubclass(interrupt, Exception):
             assert tokens_of(engine) == expected
         else:

@@ -235,6 +235,9 @@ class Recorder:
                 self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone()
         return logits
 
+    def wait(self) -> None:
+        self.runner.wait()
+
     def of(self, request_id: str) -> torch.Tensor:
         """`[output, vocabulary]`, in order of position."""
         rows = self.logits[request_id]

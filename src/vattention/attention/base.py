@@ -23,6 +23,9 @@ from vattention.errors import InvalidRequest, UnsupportedModel
 NAME = "vattention_batch"
 """What the engine's `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
 
+LAYER = "vattention_layer"
+"""The attribute of attention modules that holds `layer_idx` as a tensor, set by whoever compiles the model."""
+
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """K and V of every layer, `[slots, padded_len, kv_heads, width]` each; heads and widths may differ between layers, and
 the width of V may be another than that of K. Made by `engine.runner.layer_views`."""
@@ -146,6 +149,25 @@ class AttentionBatch:
             for segment in self.segments[self.singles :]:
                 cache[segment.slot, segment.cached : segment.length].copy_(by_row[segment.start : segment.end])
 
+    def compute(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: Features
+    ) -> torch.Tensor:
+        """Write the new K and V of a layer and attend to all that is there; shapes as in `attention_forward`.
+
+        Raises:
+            UnsupportedModel: K or V of another shape than the cache has, or a layer that comes twice.
+        """
+        if layer in self._written:
+            raise UnsupportedModel(f"layer {layer} computes attention twice in one pass, and has room for one K and V")
+        keys, values = self.layers[layer]
+        if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
+            raise UnsupportedModel(
+                f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
+                f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
+            )
+        self.write(layer, key[0], value[0])
+        return self.attend(query[0], keys, values, features)[None]
+
 
 def _check(segments: Sequence[Segment], *, slots: int, padded_len: int) -> None:
     row = 0
@@ -180,7 +202,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    vattention_batch: AttentionBatch | None = None,
+    vattention_batch: AttentionBatch | torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, with the signature that transformers calls.
@@ -190,7 +212,8 @@ def attention_forward(
         query: `[1, q_heads, rows, width]`; key and value: `[1, kv_heads, rows, width]`, new tokens only.
         attention_mask: must be None.
         sliding_window, softcap, s_aux: see `Features`.
-        vattention_batch: the batch, given to the model's forward as a keyword argument.
+        vattention_batch: the batch, given to the model's forward as a keyword argument; in a compiled pass its ticket,
+            see `attention.operator`.
 
     Returns:
         `[1, rows, q_heads, width of V]` and None (there are no attention weights to show).
@@ -217,15 +240,10 @@ def attention_forward(
         # None and False are how transformers says that a feature is off.
         if given is not None and given is not False and name not in _HARMLESS:
             raise UnsupportedModel(f"the model passes {name}, which may change what attention computes: not built")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    if layer in batch._written:
-        raise UnsupportedModel(f"layer {layer} computes attention twice in one pass, and has room for one K and V")
-    keys, values = batch.layers[layer]
-    if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
-        raise UnsupportedModel(
-            f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
-            f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
-        )
-    batch.write(layer, key[0], value[0])
     features = Features(scaling, sliding_window, softcap, s_aux)
-    return batch.attend(query[0], keys, values, features)[None], None
+    if isinstance(batch, torch.Tensor):
+        from vattention.attention import operator  # compiled passes alone
+
+        return operator.attend(query, key, value, batch, getattr(module, LAYER), features), None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return batch.compute(layer, query, key, value, features), None

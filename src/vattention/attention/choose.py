@@ -14,7 +14,8 @@ from vattention.attention.base import Attend, Features, Segment
 def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
     """The `Kernel` that picks one for each layer call. What a kernel prepares is made once, if it is used at all.
 
-    Where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains.
+    Where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains: on a
+    CPU `blocked`, whose matrix products are faster than torch's attention there, unless rows are few.
     """
     every = tuple(segments)
     if device.type != "cpu":
@@ -25,14 +26,16 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
     plain = functools.cache(lambda some: blocked.prepare(some, dtype=dtype, device=device))
 
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
-        kernel = stock if sdpa.can(features, keys, values) else plain
-        if len(several) == len(every) or not cpu_decode.can(query, keys, values):
-            return kernel(every)(query, keys, values, features)
-        if several:
-            out = kernel(several)(query, keys, values, features)
-        else:
+        alone = len(several) < len(every) and cpu_decode.can(query, keys, values)
+        rest = several if alone else every
+        if not rest:
             out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
-        single()(query, keys, values, features, out)
+        else:
+            by_products = device.type == "cpu" and all(blocked.suits(segment, query.shape[0]) for segment in rest)
+            kernel = plain if by_products or not sdpa.can(features, keys, values) else stock
+            out = kernel(rest)(query, keys, values, features)
+        if alone:
+            single()(query, keys, values, features, out)
         return out
 
     return attend

@@ -49,7 +49,7 @@ def _load(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL | None:
         with tempfile.TemporaryDirectory(prefix="vattention-") as own:  # once loaded, a library needs no file
             return ctypes.CDLL(str(_compile(source, Path(own) / name, command)))
     except (OSError, subprocess.SubprocessError) as error:
-        _warn(error)
+        warn(error)
     return None
 
 
@@ -110,12 +110,14 @@ def _processor() -> str:
     return f"{platform.machine()} {model} {flags}"
 
 
-def _warn(error: Exception) -> None:
+def warn(error: Exception) -> None:
+    """Say once in a process that nothing can be compiled here, and that all of it works the slower way."""
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
-            f"{error}: decoding on the CPU uses torch's own attention, which is slower; install g++, or set CXX",
+            f"{error}: what would be compiled here is left to torch's own operators, which are slower;"
+            " install g++, or set CXX",
             RuntimeWarning,
             stacklevel=2,
         )

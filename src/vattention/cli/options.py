@@ -80,7 +80,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
     add("--cache", metavar="NAME", help="virtual, or what is still to be built (virtual)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
-    add("--compile", action=switch, help="compile the model (not built)")
+    add("--compile", action=switch, help="compile the model in the background (off)")
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:

@@ -199,13 +199,14 @@ class Engine:
         return moved
 
     def warmup(self) -> None:
-        """One small forward pass of a throwaway request, so that the first real one does not pay for set-up.
+        """Whatever is made ready on first use, made ready: what is being compiled, and a small forward pass.
 
         Raises:
             InvalidRequest: requests are under way.
         """
         if self._requests:
             raise InvalidRequest("warm up before requests are added")
+        self._runner.wait()
         request = Request("warmup", (0, 0), SamplingParams(), seed=0)
         slot = self._cache.alloc()
         if slot is None:

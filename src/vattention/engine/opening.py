@@ -90,7 +90,7 @@ def open_engine(
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
     place = _place(model, device)
-    _refuse_what_is_not_built(cache, enable_prefix_caching, compile)
+    _refuse_what_is_not_built(place, cache, enable_prefix_caching, compile)
     with _as_config_errors():
         seed = whole("seed", seed, at_least=0, below=2**64)
         if max_model_len is not None:
@@ -130,7 +130,7 @@ def open_engine(
     kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
     try:
         engine = Engine(
-            Runner(loaded.model, kv_cache),
+            Runner(loaded.model, kv_cache, compile=compile),
             kv_cache,
             vocab_size=shape.vocab_size,
             max_num_seqs=max_num_seqs,
@@ -185,13 +185,13 @@ def _place(model: Model, device: str) -> torch.device:
     return model.device
 
 
-def _refuse_what_is_not_built(cache: str, enable_prefix_caching: bool, compile: bool) -> None:
+def _refuse_what_is_not_built(place: torch.device, cache: str, enable_prefix_caching: bool, compile: bool) -> None:
+    if compile and place.type != "cpu":
+        raise ConfigError("compile is not built yet for a GPU: leave it off")
     if cache != "virtual":
         raise ConfigError(f'cache={cache!r} is not built yet: use "virtual"')
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
-    if compile:
-        raise ConfigError("compile is not built yet: leave it off")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from vattention.attention import choose
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
 from vattention.attention.placing import place
 from vattention.cache import KVCache
+from vattention.engine.compiled import compile_model
 from vattention.engine.request import Chunk
 
 
@@ -20,10 +21,14 @@ class Runner:
         model: a causal language model of transformers, loaded with `attn_implementation="vattention"`, in eval mode.
         cache: laid out for that model.
         kernel: what computes attention.
+        compile: compile the model in the background, and run compiled as soon as that is done.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare) -> None:
+    def __init__(
+        self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare, compile: bool = False
+    ) -> None:
         self._model = model
+        self._compiled = compile_model(model) if compile else None
         self._kernel = kernel
         # Addresses are fixed for life, so the views are made once.
         self._layers = layer_views(cache)
@@ -46,17 +51,23 @@ class Runner:
             tokens += chunk.request.tokens(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
             wanted_rows += [len(tokens) - chunk.end + position for position in chunk.wanted]
-        batch = AttentionBatch.build(segments, self._layers, self._kernel)
         ids, places, keep = place((tokens, positions, wanted_rows), self._device)
-        output = self._model(
-            input_ids=ids[None],
-            position_ids=places[None],
-            use_cache=False,
-            logits_to_keep=keep,
-            **{NAME: batch},
-        )
+        inputs = {"input_ids": ids[None], "position_ids": places[None], "logits_to_keep": keep}
+        output = None
+        if self._compiled is not None and self._compiled.ready:
+            output = self._compiled.run(self._model, self._batch(segments), **inputs)
+        if output is None:
+            output = self._model(**inputs, use_cache=False, **{NAME: self._batch(segments)})
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _batch(self, segments: Sequence[Segment]) -> AttentionBatch:
+        return AttentionBatch.build(segments, self._layers, self._kernel)
+
+    def wait(self) -> None:
+        """Return when nothing is being compiled any more."""
+        if self._compiled is not None:
+            self._compiled.wait()
 
 
 def layer_views(cache: KVCache) -> Layers:
