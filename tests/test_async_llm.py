@@ -747,7 +747,7 @@ def test_options_are_those_of_llm(tiny: LoadedModel) -> None:
     before = set(threading.enumerate())
     for options, error in (
         ({"max_num_seqs": 0}, ConfigError),
-        ({"cache": "paged"}, ConfigError),
+        ({"cache": "static"}, ConfigError),
         ({"seed": "1"}, TypeError),
         ({"max_model_length": 5}, TypeError),
     ):

@@ -387,7 +387,13 @@ def test_use_after_close(tiny: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache": "paged"}, "not built yet"),
+        ({"cache": "static"}, '"virtual" or "paged"'),
+        ({"block_size": 16}, "block_size is for"),
+        ({"cache": "paged", "block_size": 0}, "block_size"),
+        ({"cache": "paged", "page_size": 4096}, "page_size mean"),
+        ({"cache": "paged", "head_major": True, "guard": True}, "head_major, guard mean"),
+        ({"cache": "paged", "layers_per_stream": None, "kv_together": True}, "layers_per_stream, kv_together mean"),
+        ({"cache": "paged", "kv_cache_memory": 100}, "less than a block"),
         ({"enable_prefix_caching": True}, "not built yet"),
         ({"device": "cuda:99"}, "has no CUDA|no GPU|GPUs"),
         ({"dtype": "int4"}, "dtype"),

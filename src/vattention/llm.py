@@ -38,7 +38,9 @@ class LLM:
         kv_cache_memory: physical memory for K and V, bytes or a string like "2GiB"; None: half of what is left after
             the weights, or the whole reservation where that is less; of a GPU, what brings it to nine tenths in use.
         page_size: bytes or a string, None to let the cache choose.
-        cache: "virtual".
+        cache: "virtual", or "paged": K and V in blocks behind a block table, taken up front, as other engines keep
+            them. For comparison; it takes none of page_size, head_major, layers_per_stream, kv_together and guard.
+        block_size: tokens of a block where cache is "paged"; None: 16.
         enable_prefix_caching: not built yet.
         compile: compile the model's layers in the background, from the start: passes run as they are until that has
             ended, or `warmup` has returned, and faster from then on. Off, because it takes the processors for some

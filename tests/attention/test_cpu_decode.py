@@ -214,80 +214,23 @@ def test_what_the_kernel_does_not_read() -> None:
     assert not cpu_decode.can(query.to("meta"), keys.to("meta"), values.to("meta"))
 
 
-PAGED = """
-#include KERNEL
-
-namespace {
-
-struct Pages {  // of SIZE tokens, anywhere; `slots` is the block table, `mask_row` entries a request
-    const Call& call;
-    void find(int64_t request, int64_t first, int n, int64_t* k, int64_t* v) const {
-        for (int i = 0; i < n; i++) {
-            const int64_t token = first + i, page = call.slots[request * call.mask_row + token / SIZE];
-            k[i] = page * call.k_slot + token % SIZE * call.k_token;
-            v[i] = page * call.v_slot + token % SIZE * call.v_token;
-        }
-    }
-};
-
-}  // namespace
-
-extern "C" void paged(const Call* call) { run(*call, Pages{*call}); }
-"""
-
-
-@pytest.mark.parametrize("size", [1, 16])
-def test_a_paged_cache_differs_in_where_tokens_are_and_in_nothing_else(size: int, tmp_path: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 16, 24, 256])
+def test_a_paged_cache_differs_in_where_tokens_are_and_in_nothing_else(size: int, dtype: torch.dtype) -> None:
     """The same kernel over a block table: the same result, to the last bit."""
-    source = tmp_path / "paged.cpp"
-    source.write_text(PAGED)
-    kernel = f'"{cpu_decode._SOURCE}"'
-    library = native.load(source, NUMBERS="float", WIDTH=64, SIZE=size, KERNEL=kernel)
-    assert library is not None
-    keys, values = layer(3, 640)
-    query = torch.randn(3, 9, 64)
-    lengths = torch.tensor([640, 1, 333])
-    contiguous = torch.empty(3, 9, 64)
-    everyone = torch.arange(3)
-    decode(query, keys, values, Features(window=600), Requests(everyone, everyone, lengths), contiguous)
-
-    pages = 640 // size
-    table = torch.randperm(3 * pages)
-    scattered = [torch.full((3 * pages, size, 3, 64), math.nan) for _ in range(2)]
+    blocks = 768 // size
+    keys, values = (x.to(dtype) for x in layer(3, 768))
+    query = torch.randn(3, 9, 64).to(dtype)
+    everyone = Requests(torch.tensor([2, 0, 1]), torch.tensor([0, 2, 1]), torch.tensor([640, 1, 733]))
+    table = torch.randperm(3 * blocks).view(3, blocks).int()
+    scattered = [torch.full((3 * blocks, size, 3, 64), math.nan, dtype=dtype) for _ in range(2)]
     for pool, whole in zip(scattered, (keys, values), strict=True):
-        for request in range(3):
-            pool[table[request * pages : (request + 1) * pages]] = whole[request].unflatten(0, (pages, size))
-    out = torch.empty(3, 9, 64)
-    call = cpu_decode._Call(
-        requests=3,
-        q_heads=9,
-        kv_heads=3,
-        k_width=64,
-        v_width=64,
-        window=600,
-        threads=1,
-        **{name: tensor.data_ptr() for name, tensor in zip("kvq", (*scattered, query), strict=True)},
-        k_slot=size * 192,
-        k_token=192,
-        k_head=64,
-        v_slot=size * 192,
-        v_token=192,
-        v_head=64,
-        out=out.data_ptr(),
-        q_row=576,
-        q_head=64,
-        out_row=576,
-        out_head=64,
-        mask_row=pages,
-        slots=table.data_ptr(),
-        rows=everyone.data_ptr(),
-        lengths=lengths.data_ptr(),
-        scale=0.125,
-    )
-    library.vattention_scratch.restype = ctypes.c_int64
-    scratch = torch.empty(library.vattention_scratch(ctypes.byref(call)), dtype=torch.uint8)
-    call.scratch = scratch.data_ptr()
-    library.paged(ctypes.byref(call))
+        pool[table.flatten()] = whole[:, : blocks * size].unflatten(1, (blocks, size)).flatten(0, 1)
+    features = Features(window=600, softcap=20.0, sinks=torch.randn(9))
+    contiguous, out = torch.empty(2, 3, 9, 64, dtype=dtype)
+    decode(query, keys, values, features, everyone, contiguous)
+    assert cpu_decode.can(query, *scattered, paged=True)
+    decode(query, *scattered, features, everyone, out, table=table)
     assert torch.equal(out, contiguous)
 
 
@@ -304,7 +247,7 @@ def test_builds_for_other_processors(dtype: torch.dtype, flags: str, tmp_path: A
     )
     library = ctypes.CDLL(str(made))
     library.vattention_scratch.restype = ctypes.c_int64
-    monkeypatch.setitem(cpu_decode._libraries, (dtype, 0), library)
+    monkeypatch.setitem(cpu_decode._libraries, (dtype, 0, False), library)
     monkeypatch.setattr(cpu_decode, "_WIDTHS", ())
     extremes = torch.tensor([0.0, 1e-7, 6e-8, 6.1e-5, 65504.0, 1.0, -2.5, 3e-5]).to(dtype)
     keys, values = torch.zeros(1, 1, 1, 8, dtype=dtype), extremes[None, None, None]

@@ -1,11 +1,15 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from vattention.attention import cpu_decode
 from vattention.bench import kernels
 from vattention.cli import main
+
+PAGED = {"paged, 16", "paged, 256"}
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +27,39 @@ def test_every_combination_is_measured(capsys: pytest.CaptureFixture[str], tmp_p
     for case in result["results"]:
         _, kv_heads, width = case["heads"]
         assert case["bytes"] == 2 * 3 * case["length"] * kv_heads * width * (2 if case["dtype"] == "bfloat16" else 4)
-        assert {"limit", "cpu_decode", "sdpa, folded", "sdpa, one call", "sdpa, enable_gqa"} >= set(case["seconds"])
+        assert {"limit", "cpu_decode", "sdpa, folded", "sdpa, one call", "sdpa, enable_gqa", *PAGED} >= set(
+            case["seconds"]
+        )
+        assert (set(case["seconds"]) >= PAGED) == ("cpu_decode" in case["seconds"])
         assert min(case["seconds"].values()) > 0
     assert lines[2].startswith("6/2x16      20          bfloat16    token-major")
+
+
+@pytest.mark.skipif(cpu_decode._library(torch.float32, 0, 0) is None, reason="no C++ compiler")
+@pytest.mark.parametrize("layout", list(kernels._LAYOUTS))
+def test_the_paged_sides_compute_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = kernels.Case((6, 2, 16), 3, 50, "float32", layout)
+    views = [(torch.randn(3, 64, 2, 16), torch.randn(3, 64, 2, 16))]
+    query = torch.randn(3, 6, 16).transpose(0, 1)
+    computed: list[torch.Tensor] = []
+    decode = cpu_decode.decode
+
+    def keeping(*args: Any, **more: Any) -> None:
+        decode(*args, **more)
+        computed.append(args[5])
+
+    monkeypatch.setattr(cpu_decode, "decode", keeping)
+    kernels._sides(case, query)["cpu_decode"](views[0])
+    for side, own in kernels._paged_sides(case, query, views).values():
+        side(own[0])
+    assert len(computed) == 3
+    assert all(torch.equal(each, computed[0]) for each in computed)
 
 
 def test_without_a_compiler_the_others_are_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_decode, "can", lambda *_: False)
+    monkeypatch.setattr(cpu_decode, "can", lambda *_, **__: False)
     few = ["--heads", "6/2x16", "--lengths", "20", "--requests", "1", "--rounds", "1", "--dtype", "float32"]
     assert main(["bench", "kernels", *few, "--layout", "head-major"]) == 0
     assert "cpu_decode" not in capsys.readouterr().out

@@ -130,6 +130,15 @@ def test_a_peer_whose_environment_lacks_it_is_named(
     assert left_running() == []
 
 
+def test_our_own_engine_in_blocks_is_a_peer(tiny_directory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--peer", "paged-16", "--peer", "paged-256", "--rounds", "1", "--at-least", "paged-256.decode=0.0001"]
+    assert main(["bench", "throughput", tiny_directory, *SMALL, *more]) == 0
+    out, err = capsys.readouterr()
+    assert "ratio to paged-16" in out
+    assert "paged-256 has started" in err
+    assert left_running() == []
+
+
 def test_different_conditions_fail(tiny_directory: str, capsys: pytest.CaptureFixture[str]) -> None:
     sharing = ["--peer", "transformers-cb", "--peer-option", "transformers-cb.allow_block_sharing=true"]
     assert main(["bench", "throughput", tiny_directory, *SMALL, *sharing]) == 1

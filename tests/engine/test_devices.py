@@ -100,7 +100,7 @@ def test_a_loaded_model_stays_where_it_is() -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_what_is_not_built_for_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="compile is not built yet for a GPU"):
+    with pytest.raises(ConfigError, match="compile=True is built for CPUs only"):
         LLM("never looked at", device="cuda", compile=True)
 
 

@@ -110,7 +110,7 @@ def test_a_kernel_that_reads_past_the_length_would_be_seen(model: LoadedModel, m
     monkeypatch.setattr(
         AttentionBatch,
         "build",
-        classmethod(lambda cls, segments, layers, kernel: build(cls, segments, layers, too_long)),
+        classmethod(lambda cls, segments, layers, kernel, **more: build(cls, segments, layers, too_long, **more)),
     )
     with pytest.raises(Exception, match="not finite"):
         run(engine_for(model, poison=True), [PROMPTS[2]], GREEDY)

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vattention.attention import choose
 from vattention.attention.base import NAME, Attend, AttentionBatch, Features, Kernel, Segment, register
-from vattention.cache import KVCache
+from vattention.cache import KVCache, PagedKVCache
 from vattention.engine.engine import Engine
 from vattention.engine.judge import judge
 from vattention.engine.loading import LoadedModel, load_model
@@ -269,13 +269,14 @@ def as_transformers(model: Any) -> Iterator[Any]:
 
 
 def engine_for(model: LoadedModel, *, max_num_seqs: int = 4, max_model_len: int = 256, **options: Any) -> Engine:
-    """An engine with a `Recorder` in it; options are those of KVLayout, KVCache and Engine."""
+    """An engine with a `Recorder` in it; options are those of KVLayout, of the cache and of Engine."""
     shape = model.geometry
     ours = {name: options.pop(name) for name in ("head_major", "layers_per_stream", "kv_together") if name in options}
     theirs = {"max_num_batched_tokens": options.pop("max_num_batched_tokens", 64)}
     theirs |= {name: options.pop(name) for name in ("seed", "eos_token_ids", "tokenizer") if name in options}
     layout = shape.layout(model.dtype, max_num_seqs, max_model_len, **ours)
-    cache = KVCache(layout, **{"memory": "256MiB", **options})
+    kind = {"virtual": KVCache, "paged": PagedKVCache}[options.pop("cache", "virtual")]
+    cache = kind(layout, **{"memory": "256MiB", **options})
     return Engine(
         Recorder(Runner(model.model, cache)),  # type: ignore[arg-type]
         cache,

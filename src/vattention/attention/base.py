@@ -104,6 +104,8 @@ class AttentionBatch:
         attend: the kernel, prepared for these segments.
         singles: how many leading segments have one row; their K and V are written by one call.
         single_slots, single_positions: where to, `[singles]` int64 each.
+        places: in a paged cache where each row's K and V go, `[rows]` int64, counted in tokens from the first block
+            on; None where slots are contiguous.
     """
 
     segments: tuple[Segment, ...]
@@ -112,17 +114,27 @@ class AttentionBatch:
     singles: int
     single_slots: torch.Tensor
     single_positions: torch.Tensor
+    places: torch.Tensor | None = None
     _written: set[int] = field(default_factory=set)
 
     @classmethod
-    def build(cls, segments: Sequence[Segment], layers: Layers, kernel: Kernel) -> AttentionBatch:
+    def build(
+        cls, segments: Sequence[Segment], layers: Layers, kernel: Kernel, *, table: torch.Tensor | None = None
+    ) -> AttentionBatch:
         """Precompute what every layer shares.
+
+        Args:
+            table: of a `PagedKVCache`, whose layers are `[blocks, block_size, kv_heads, width]`; the kernel must know
+                of it too.
 
         Raises:
             InvalidRequest: segments that do not tile the rows, share a slot, or leave the cache.
         """
         keys = layers[0][0]
-        _check(segments, slots=keys.shape[0], padded_len=keys.shape[1])
+        if table is None:
+            _check(segments, slots=keys.shape[0], padded_len=keys.shape[1])
+        else:
+            _check(segments, slots=table.shape[0], padded_len=table.shape[1] * keys.shape[1])
         singles = next((i for i, segment in enumerate(segments) if segment.rows > 1), len(segments))
         leading = segments[:singles]
         slots, positions = place(([s.slot for s in leading], [s.cached for s in leading]), keys.device)
@@ -133,6 +145,7 @@ class AttentionBatch:
             singles=singles,
             single_slots=slots,
             single_positions=positions,
+            places=None if table is None else _places(segments, table, keys.shape[1]),
         )
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -144,6 +157,9 @@ class AttentionBatch:
         self._written.add(layer)
         for cache, new in zip(self.layers[layer], (key, value), strict=True):
             by_row = new.transpose(0, 1)
+            if self.places is not None:
+                cache.flatten(0, 1).index_copy_(0, self.places, by_row)
+                continue
             if self.singles:
                 cache.index_put_((self.single_slots, self.single_positions), by_row[: self.singles])
             for segment in self.segments[self.singles :]:
@@ -167,6 +183,13 @@ class AttentionBatch:
             )
         self.write(layer, key[0], value[0])
         return self.attend(query[0], keys, values, features)[None]
+
+
+def _places(segments: Sequence[Segment], table: torch.Tensor, block_size: int) -> torch.Tensor:
+    slots = torch.tensor([segment.slot for segment in segments])
+    slots = slots.repeat_interleave(torch.tensor([segment.rows for segment in segments]))
+    positions = torch.tensor([position for s in segments for position in range(s.cached, s.length)])
+    return table[slots, positions // block_size].long() * block_size + positions % block_size
 
 
 def _check(segments: Sequence[Segment], *, slots: int, padded_len: int) -> None:

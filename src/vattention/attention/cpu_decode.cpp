@@ -11,9 +11,10 @@
 // machines with narrower registers.
 //
 // Compiled with NUMBERS, what K, V, the query and the output are stored as (float, bf16 or f16), and WIDTH, that of K
-// and of V (a multiple of 32), or 0 for any: to know it makes the loops a third faster.
+// and of V (a multiple of 32), or 0 for any: to know it makes the loops a third faster. WHERE is Slots unless defined.
 //
-// Where the tokens of a request lie is asked of one class, `Slots`. Nothing else knows about addresses.
+// Where the tokens of a request lie is asked of one class, WHERE: `Slots` or `Blocks`. Nothing else knows about
+// addresses.
 
 #include <algorithm>
 #include <cmath>
@@ -32,6 +33,9 @@ namespace {
 using f32 = float __attribute__((vector_size(64)));
 using u32 = uint32_t __attribute__((vector_size(64)));
 
+#if !defined(WHERE)
+#define WHERE Slots
+#endif
 #define INLINE inline __attribute__((always_inline))
 
 constexpr int64_t CHUNK = 512;  // tokens of a task; enough that starting and ending one costs little
@@ -224,6 +228,8 @@ struct Call {
     const float* sinks;  // of each query head, or null
     float* scratch;
     float scale, softcap;  // softcap 0: none
+    const int32_t* table;  // of `Blocks`: the block of each part of each slot; k_slot and v_slot are those of blocks
+    int64_t table_row, block_size;
 };
 
 // Tokens of a request in a slot: the address of one is arithmetic.
@@ -235,6 +241,22 @@ struct Slots {
         for (int i = 0; i < n; i++) {
             k[i] = slot * call.k_slot + (first + i) * call.k_token;
             v[i] = slot * call.v_slot + (first + i) * call.v_token;
+        }
+    }
+};
+
+// Tokens in blocks of a fixed number of them, anywhere: the address of one takes a look into a table.
+struct Blocks {
+    const Call& call;
+    void find(int64_t request, int64_t first, int n, int64_t* k, int64_t* v) const {
+        const int32_t* block = call.table + call.slots[request] * call.table_row + first / call.block_size;
+        int64_t place = first % call.block_size;
+        for (int i = 0; i < n; block++, place = 0) {
+            const int64_t k_first = *block * call.k_slot, v_first = *block * call.v_slot;
+            for (; i < n && place < call.block_size; i++, place++) {
+                k[i] = k_first + place * call.k_token;
+                v[i] = v_first + place * call.v_token;
+            }
         }
     }
 };
@@ -533,5 +555,5 @@ extern "C" {
 // Bytes that `scratch` must have.
 int64_t vattention_scratch(const Call* call) { return Room(*call).bytes(*call); }
 
-void vattention_decode(const Call* call) { run(*call, Slots{*call}); }
+void vattention_decode(const Call* call) { run(*call, WHERE{*call}); }
 }

@@ -39,6 +39,8 @@ class _Call(ctypes.Structure):
         ("mask_row", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("sinks", "scratch")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("table", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("table_row", "block_size")),
     )
 
 
@@ -66,10 +68,10 @@ class Requests:
         )
 
 
-def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, paged: bool = False) -> bool:
     """Whether the kernel reads these: on the CPU, of one dtype, each head's numbers side by side, none to be trained.
 
-    The first time this compiles the kernel, or finds that it cannot be compiled.
+    `paged` as for `decode` with a table. The first time this compiles the kernel, or finds that it cannot be compiled.
     """
     tensors = (query, keys, values)
     return (
@@ -77,7 +79,7 @@ def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()  # which cannot look into a library; stock attention it can
         and all(x.device.type == "cpu" and x.dtype == query.dtype and x.stride(-1) == 1 for x in tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and _library(query.dtype, keys.shape[-1], values.shape[-1]) is not None
+        and _library(query.dtype, keys.shape[-1], values.shape[-1], paged) is not None
     )
 
 
@@ -90,6 +92,7 @@ def decode(
     out: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
 ) -> None:
     """Compute the rows of `out` that belong to `requests`. Only what `can` accepts.
 
@@ -100,9 +103,11 @@ def decode(
         out: `[rows, q_heads, width of V]`, other rows are left alone.
         mask: boolean `[requests, tokens]`: which tokens count. One that does not is not read, and a request in which
             none does gets 0.
+        table: int32 `[slots, blocks of a slot]`: keys and values are `[blocks, block_size, kv_heads, width]`, and this
+            says which blocks a slot's tokens are in. The same kernel but for addresses.
     """
     width, value_width = keys.shape[3], values.shape[3]
-    library = _library(query.dtype, width, value_width)
+    library = _library(query.dtype, width, value_width, table is not None)
     assert library is not None, "asked of `can`"
     sinks = None if features.sinks is None else features.sinks.to(torch.float32).contiguous()
     call = _Call(
@@ -130,6 +135,9 @@ def decode(
         None,
         width**-0.5 if features.scaling is None else features.scaling,
         features.softcap or 0.0,
+        None if table is None else table.data_ptr(),
+        0 if table is None else table.stride(0),
+        keys.shape[1],
     )
     pointer = ctypes.byref(call)
     scratch = torch.empty(library.vattention_scratch(pointer), dtype=torch.uint8)
@@ -137,30 +145,30 @@ def decode(
     library.vattention_decode(pointer)
 
 
-def prepare(segments: Sequence[Segment]) -> Callable[..., None]:
+def prepare(segments: Sequence[Segment], table: torch.Tensor | None = None) -> Callable[..., None]:
     """The rows of `segments`, which have one each, as a function of what differs between layers.
 
     It takes `query` `[q_heads, rows, width]`, keys, values and features as an `Attend` does, and `out`
-    `[rows, q_heads, width of V]`, where it fills in its rows.
+    `[rows, q_heads, width of V]`, where it fills in its rows. `table` as for `decode`.
     """
     requests = Requests.of(segments)
 
     def attend(
         query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features, out: torch.Tensor
     ) -> None:
-        decode(query.transpose(0, 1), keys, values, features, requests, out)
+        decode(query.transpose(0, 1), keys, values, features, requests, out, table=table)
 
     return attend
 
 
-_libraries: dict[tuple[torch.dtype, int], ctypes.CDLL | None] = {}
+_libraries: dict[tuple[torch.dtype, int, bool], ctypes.CDLL | None] = {}
 
 
-def _library(dtype: torch.dtype, width: int, value_width: int) -> ctypes.CDLL | None:
+def _library(dtype: torch.dtype, width: int, value_width: int, paged: bool = False) -> ctypes.CDLL | None:
     known = width if width == value_width and width in _WIDTHS else 0
-    key = (dtype, known)
+    key = (dtype, known, paged)
     if key not in _libraries:
-        library = native.load(_SOURCE, NUMBERS=_NUMBERS[dtype], WIDTH=known)
+        library = native.load(_SOURCE, NUMBERS=_NUMBERS[dtype], WIDTH=known, WHERE="Blocks" if paged else "Slots")
         if library is not None:
             library.vattention_scratch.restype = ctypes.c_int64
             library.vattention_decode.restype = None

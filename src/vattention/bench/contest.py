@@ -24,6 +24,7 @@ from vattention.memory.sizes import parse_size
 
 OURS = "vattention"
 _WORKERS = Path(__file__).parent / "peers"
+_OWN = "ours_worker.py"
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class Peer:
         here: it runs in our own environment, if none is given.
         reads: what its model must be, for people.
         own_model: it cannot read what the others do.
+        options: of its own, which `peer_options` come on top of.
     """
 
     worker: str
     here: bool
     reads: str
     own_model: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 PEERS = {
@@ -49,6 +52,9 @@ PEERS = {
     "transformers": Peer("transformers_worker.py", True, "a directory of safetensors"),
     "transformers-cb": Peer("transformers_cb_worker.py", True, "a directory of safetensors"),
     "llama.cpp": Peer("llama_cpp_worker.py", False, "a .gguf file", own_model=True),
+    # Our own engine with K and V in blocks: what the layout in memory does, and nothing else.
+    "paged-16": Peer(_OWN, True, "what ours reads", options={"cache": "paged", "block_size": 16}),
+    "paged-256": Peer(_OWN, True, "what ours reads", options={"cache": "paged", "block_size": 256}),
 }
 
 
@@ -166,14 +172,14 @@ def contest(options: ContestOptions, longest: int) -> Iterator[Contest]:
         for name in (OURS, *options.peers):
             folder = options.peers.get(name)
             python = None if folder is None else python_in(folder)
-            worker = "ours_worker.py" if name == OURS else PEERS[name].worker
+            worker = _OWN if name == OURS else PEERS[name].worker
             environment = environment_for(
                 python, threads=threads, preload=options.preload, wait_policy=options.wait_policy
             )
             command = [python or sys.executable, str(_WORKERS / worker)]
             side = Side(name, command, environment, cores=cores, timeout=options.timeout)
             sides[name] = stack.enter_context(side)
-            more = options.ours if name == OURS else options.peer_options.get(name, {})
+            more = options.ours if name == OURS else _options_of(name, options)
             with side.at_work():
                 answer = side.ask(
                     do="start",
@@ -192,6 +198,13 @@ def contest(options: ContestOptions, longest: int) -> Iterator[Contest]:
             said[name] = answer["conditions"]
             tell(f"{name} has started in {answer['seconds']:.0f} s")
         yield Contest(sides, said)
+
+
+def _options_of(name: str, options: ContestOptions) -> Mapping[str, Any]:
+    peer = PEERS[name]
+    # The same engine has to be compiled where ours is. Options about pages mean nothing to blocks.
+    same = {"compile": options.ours["compile"]} if peer.worker == _OWN and "compile" in options.ours else {}
+    return {**same, **peer.options, **options.peer_options.get(name, {})}
 
 
 def check(options: ContestOptions) -> None:

@@ -4,6 +4,9 @@ One new token of each request attends to K and V in the slots of a real cache: o
 none is still in the processor's caches when its turn comes again. Every side computes every layer, in rounds that
 alternate. The limit is the time that reading the bytes of K and V takes at the rate at which torch sums a large tensor,
 measured in the same rounds, on the same threads.
+
+Beside them stands the same kernel over a paged cache: as many bytes in blocks of 16 and of 256 tokens, in the random
+order that blocks have after a while of serving. What differs from `cpu_decode` is where tokens are, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from vattention.errors import ConfigError
 _BYTES = 256 << 20  # of K and V at least, and of what is read for the limit: several times the caches of a processor
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LAYOUTS = {"token-major": False, "head-major": True}
+_BLOCK_SIZES = (16, 256)
 
 View = tuple[torch.Tensor, torch.Tensor]
 
@@ -114,15 +118,16 @@ def measure(case: Case, *, rounds: int) -> dict[str, list[float]]:
             view[:, : case.length] = torch.randn(case.length, kv_heads, width).to(dtype)
         query = torch.randn(case.requests, q_heads, width).to(dtype).transpose(0, 1)
         read = torch.ones(max(_BYTES, case.bytes) // 4)
-        sides = _sides(case, query)
-        for side in sides.values():
-            side(views[0])  # what is made at first use
+        contiguous = {name: (side, views) for name, side in _sides(case, query).items()}
+        sides = {**contiguous, **_paged_sides(case, query, views)}
+        for side, own in sides.values():
+            side(own[0])  # what is made at first use
         seconds: dict[str, list[float]] = {}
         for _ in range(rounds):
             per_byte = _seconds(read.sum) / read.nbytes
             seconds.setdefault("limit", []).append(per_byte * case.bytes)
-            for name, side in sides.items():
-                passed = _seconds(partial(_each, side, views))
+            for name, (side, own) in sides.items():
+                passed = _seconds(partial(_each, side, own))
                 seconds.setdefault(name, []).append(passed / layers)
     return seconds
 
@@ -144,6 +149,43 @@ def _sides(case: Case, query: torch.Tensor) -> dict[str, Callable[[View], object
     sides["sdpa, one call"] = partial(_one_call, case, query)
     sides["sdpa, enable_gqa"] = partial(_enable_gqa, case, query)
     return sides
+
+
+def _paged_sides(
+    case: Case, query: torch.Tensor, views: Sequence[View]
+) -> dict[str, tuple[Callable[[View], object], list[View]]]:
+    """The kernel over blocks, with layers of its own."""
+    if not cpu_decode.can(query, *views[0], paged=True):
+        return {}
+    segments = [Segment(number, number, 1, case.length) for number in range(case.requests)]
+    features = Features()
+    sides: dict[str, tuple[Callable[[View], object], list[View]]] = {}
+    for size in _BLOCK_SIZES:
+        columns = -(-case.length // size)
+        table = torch.randperm(case.requests * columns, dtype=torch.int32).view(case.requests, columns)
+        own = cpu_decode.prepare(segments, table)
+
+        def kernel(view: View, own: Callable[..., None] = own) -> None:
+            out = query.new_empty((case.requests, *case.heads[::2]))  # rows, query heads, width
+            own(query, *view, features, out)
+
+        layers = [(_in_blocks(case, k, table, size), _in_blocks(case, v, table, size)) for k, v in views]
+        sides[f"paged, {size}"] = kernel, layers
+    return sides
+
+
+def _in_blocks(case: Case, side: torch.Tensor, table: torch.Tensor, size: int) -> torch.Tensor:
+    """K or V of a layer, `[slots, tokens, heads, width]`, in the blocks of `table`, each in the layout of the case."""
+    _, kv_heads, width = case.heads
+    if _LAYOUTS[case.layout]:
+        blocks = side.new_empty((table.numel(), kv_heads, size, width)).transpose(1, 2)
+    else:
+        blocks = side.new_empty((table.numel(), size, kv_heads, width))
+    for row, slot in zip(table.tolist(), side, strict=True):
+        for column, block in enumerate(row):
+            part = slot[column * size : min((column + 1) * size, case.length)]
+            blocks[block, : len(part)] = part
+    return blocks
 
 
 def _call(attend: Attend, query: torch.Tensor, features: Features, view: View) -> object:

@@ -2,6 +2,10 @@
 
 from vattention.cache.kv_cache import KVCache
 from vattention.cache.layout import KVLayout
+from vattention.cache.paged import PagedKVCache
 from vattention.cache.stats import CacheStats
 
-__all__ = ["CacheStats", "KVCache", "KVLayout"]
+Cache = KVCache | PagedKVCache
+"""What an engine can keep K and V in."""
+
+__all__ = ["Cache", "CacheStats", "KVCache", "KVLayout", "PagedKVCache"]

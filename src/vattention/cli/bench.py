@@ -93,8 +93,8 @@ def _add_contest(parser: argparse.ArgumentParser) -> None:
         type=_named,
         action="append",
         metavar="NAME[=FOLDER]",
-        help="vllm, openvino, transformers, transformers-cb or llama.cpp, and the virtual environment that has it;"
-        " may be repeated",
+        help="vllm, openvino, transformers, transformers-cb or llama.cpp, and the virtual environment that has it, or"
+        " paged-16 or paged-256, our own engine with K and V in blocks; may be repeated",
     )
     add("--peer-model", type=_named, action="append", metavar="NAME=PATH", help="what it reads in place of MODEL")
     add(

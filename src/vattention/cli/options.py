@@ -21,7 +21,7 @@ USAGE = 2
 FAILED = 1
 MODEL = ("dtype", "device", "trust_remote_code")
 CAPACITY = ("max_model_len", "kv_cache_memory", "page_size", "max_num_seqs", "max_num_batched_tokens")
-FEATURES = ("cache", "enable_prefix_caching", "compile")
+FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile")
 LAYOUT = ("head_major", "layers_per_stream", "kv_together")
 CHECKS = ("guard", "poison")
 
@@ -78,7 +78,8 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     """What the engine can do besides, or will be able to: `LLM` refuses what is not built."""
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    add("--cache", metavar="NAME", help="virtual, or what is still to be built (virtual)")
+    add("--cache", metavar="NAME", help="virtual, or paged, to compare with (virtual)")
+    add("--block-size", type=int, metavar="N", help="tokens of a block with --cache paged (16)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
     add("--compile", action=switch, help="compile the model in the background (off)")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
-from vattention.cache import KVCache
+from vattention.cache import Cache
 from vattention.engine.adjustment import Adjuster
 from vattention.engine.answer import request_output, update_text
 from vattention.engine.attempt import attempt
@@ -40,7 +40,7 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        cache: KVCache,
+        cache: Cache,
         *,
         vocab_size: int,
         max_num_seqs: int,

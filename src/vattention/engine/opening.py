@@ -12,7 +12,8 @@ from typing import TypedDict
 
 import torch
 
-from vattention.cache import KVCache, KVLayout
+from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
+from vattention.cache.paged import DEFAULT_BLOCK_SIZE
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
@@ -46,6 +47,7 @@ class LLMOptions(TypedDict, total=False):
     kv_cache_memory: int | str | None
     page_size: int | str | None
     cache: str
+    block_size: int | None
     enable_prefix_caching: bool
     compile: bool
     seed: int
@@ -63,7 +65,7 @@ class OpenEngine:
     """An engine, and what its owner has to close: the cache."""
 
     loaded: LoadedModel
-    cache: KVCache
+    cache: Cache
     engine: Engine
 
 
@@ -77,6 +79,7 @@ def open_engine(
     kv_cache_memory: int | str | None = None,
     page_size: int | str | None = None,
     cache: str = "virtual",
+    block_size: int | None = None,
     enable_prefix_caching: bool = False,
     compile: bool = False,
     seed: int = 0,
@@ -90,8 +93,19 @@ def open_engine(
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
     place = _place(model, device)
-    _refuse_what_is_not_built(place, cache, enable_prefix_caching, compile)
+    _refuse_what_is_not_built(enable_prefix_caching, place.type, compile=compile, paged=cache == "paged")
+    _check_cache(
+        cache,
+        block_size,
+        page_size=page_size is not None,
+        head_major=head_major,
+        layers_per_stream=layers_per_stream != 1,
+        kv_together=kv_together,
+        guard=guard,
+    )
     with _as_config_errors():
+        if block_size is not None:
+            block_size = whole("block_size", block_size, at_least=1)
         seed = whole("seed", seed, at_least=0, below=2**64)
         if max_model_len is not None:
             max_model_len = whole("max_model_len", max_model_len, at_least=2)
@@ -127,7 +141,12 @@ def open_engine(
         budget = _default_budget(layout)
     elif place.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps in reserve is not free to others, the cache among them
-    kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
+    kv_cache: Cache
+    if cache == "paged":
+        assert budget is not None
+        kv_cache = PagedKVCache(layout, memory=budget, block_size=block_size or DEFAULT_BLOCK_SIZE, poison=poison)
+    else:
+        kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
     try:
         engine = Engine(
             Runner(loaded.model, kv_cache, compile=compile),
@@ -147,7 +166,7 @@ def open_engine(
     return OpenEngine(loaded, kv_cache, engine)
 
 
-def _announce(loaded: LoadedModel, cache: KVCache, budget: int | None) -> None:
+def _announce(loaded: LoadedModel, cache: Cache, budget: int | None) -> None:
     """One line about memory on stderr, and a warning where the longest request does not fit."""
     layout, capacity, stats = cache.layout, cache.capacity(), cache.stats()
     sys.stderr.write(
@@ -185,13 +204,24 @@ def _place(model: Model, device: str) -> torch.device:
     return model.device
 
 
-def _refuse_what_is_not_built(place: torch.device, cache: str, enable_prefix_caching: bool, compile: bool) -> None:
-    if compile and place.type != "cpu":
-        raise ConfigError("compile is not built yet for a GPU: leave it off")
-    if cache != "virtual":
-        raise ConfigError(f'cache={cache!r} is not built yet: use "virtual"')
+def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, compile: bool, paged: bool) -> None:
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
+    if place != "cpu" and compile:
+        raise ConfigError("compile=True is built for CPUs only so far: leave it off")
+    if place != "cpu" and paged:
+        raise ConfigError('cache="paged" is built for CPUs only so far: use device="cpu", or the virtual cache')
+
+
+def _check_cache(cache: str, block_size: int | None, **virtual: bool) -> None:
+    """Raises ConfigError for a cache that there is not, or options of the other one; `virtual` says which are given."""
+    if cache not in ("virtual", "paged"):
+        raise ConfigError(f'cache={cache!r}: use "virtual" or "paged"')
+    if cache == "virtual" and block_size is not None:
+        raise ConfigError('block_size is for cache="paged": leave it out, or see page_size')
+    given = [name for name, said in virtual.items() if said]
+    if cache == "paged" and given:
+        raise ConfigError(f'{", ".join(given)} mean nothing to cache="paged": leave them out')
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from vattention.attention import choose
+from vattention.attention import choose, paged
 from vattention.attention.base import NAME, AttentionBatch, Kernel, Layers, Segment
 from vattention.attention.placing import place
-from vattention.cache import KVCache
+from vattention.cache import Cache, PagedKVCache
 from vattention.engine.compiled import compile_model
 from vattention.engine.request import Chunk
 
@@ -25,11 +26,13 @@ class Runner:
     """
 
     def __init__(
-        self, model: torch.nn.Module, cache: KVCache, *, kernel: Kernel = choose.prepare, compile: bool = False
+        self, model: torch.nn.Module, cache: Cache, *, kernel: Kernel = choose.prepare, compile: bool = False
     ) -> None:
         self._model = model
         self._compiled = compile_model(model) if compile else None
-        self._kernel = kernel
+        # Where K and V are in blocks, the kernel computes what is gathered from them.
+        self._table = cache.table if isinstance(cache, PagedKVCache) else None
+        self._kernel = kernel if self._table is None else partial(paged.prepare, table=self._table, inner=kernel)
         # Addresses are fixed for life, so the views are made once.
         self._layers = layer_views(cache)
         self._device = self._layers[0][0].device
@@ -62,7 +65,7 @@ class Runner:
         return logits
 
     def _batch(self, segments: Sequence[Segment]) -> AttentionBatch:
-        return AttentionBatch.build(segments, self._layers, self._kernel)
+        return AttentionBatch.build(segments, self._layers, self._kernel, table=self._table)
 
     def wait(self) -> None:
         """Return when nothing is being compiled any more."""
@@ -70,6 +73,6 @@ class Runner:
             self._compiled.wait()
 
 
-def layer_views(cache: KVCache) -> Layers:
+def layer_views(cache: Cache) -> Layers:
     """K and V of every layer, in the shape of that layer."""
     return tuple(cache.layer(layer) for layer in range(cache.layout.num_layers))

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from vattention.cache import KVCache
+from vattention.cache import Cache
 from vattention.engine.attempt import attempt
 from vattention.engine.outputs import FinishReason
 from vattention.engine.request import Chunk, Request
@@ -56,7 +56,7 @@ class Scheduler:
         preemptions: how often a request had to give its slot back for lack of memory.
     """
 
-    def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(self, cache: Cache, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={max_num_batched_tokens} cannot give each of max_num_seqs={max_num_seqs}"
