@@ -44,7 +44,7 @@ class LLM:
         enable_prefix_caching: not built yet.
         compile: compile the model's layers in the background, from the start: passes run as they are until that has
             ended, or `warmup` has returned, and faster from then on. Off, because it takes the processors for some
-            seconds. Where it is not possible there is one warning.
+            seconds. Where it is not possible there is one warning; not built for a GPU.
         seed: of requests whose `SamplingParams` have none; 0.
         trust_remote_code: see `load_model`.
         max_num_batched_tokens: tokens in one forward pass; longer prompts are computed in chunks.

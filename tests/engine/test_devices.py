@@ -98,6 +98,12 @@ def test_a_loaded_model_stays_where_it_is() -> None:
         assert next(llm.model.parameters()).device.type == "cpu"
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_what_is_not_built_for_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="compile=True is built for CPUs only"):
+        LLM("never looked at", device="cuda", compile=True)
+
+
 def test_weights_that_do_not_fit_the_device_are_refused_before_they_are_read(
     tmp_path: Path, two_gpus: pytest.MonkeyPatch
 ) -> None:
