@@ -31,7 +31,7 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
         if not rest:
             out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
         else:
-            by_products = device.type == "cpu" and all(blocked.suits(segment, query.shape[0]) for segment in rest)
+            by_products = all(blocked.suits(segment, query.shape[0]) for segment in rest)
             kernel = plain if by_products or not sdpa.can(features, keys, values) else stock
             out = kernel(rest)(query, keys, values, features)
         if alone:

@@ -17,7 +17,7 @@ from typing import Any
 
 from vattention.bench.machine import check_writable, write_json
 from vattention.bench.prompts import make_prompts
-from vattention.bench.setup import EngineOptions, open_cache, open_engine
+from vattention.bench.setup import EngineOptions, open_cache, open_engine, step
 from vattention.bench.table import table
 from vattention.cache import KVCache
 from vattention.engine.engine import Engine
@@ -126,13 +126,6 @@ def run(options: GrowthBench) -> int:
     return _report(options, demand, premapped, page, loaded.name)
 
 
-def _step(engine: Engine) -> None:
-    """One forward pass. Raises what a request fails of."""
-    for request in engine.step():
-        if request.error is not None:
-            raise request.error
-
-
 def _decode(engine: Engine, cache: KVCache, prompts: Sequence[Sequence[int]], outputs: int, *, ahead: bool) -> Round:
     """One round: all prompts, `outputs` tokens each; the decode steps but the first and the last are timed.
 
@@ -143,23 +136,23 @@ def _decode(engine: Engine, cache: KVCache, prompts: Sequence[Sequence[int]], ou
     params = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True)
     requests = [engine.add_request(prompt, params) for prompt in prompts]
     while not all(request.output_token_ids for request in requests):
-        _step(engine)
+        step(engine)
     if ahead:
         lengths = {request.slot: request.computed for request in requests if request.slot is not None}
         cache.step({slot: length + outputs for slot, length in lengths.items()})
         cache.step(lengths)  # a rollback: the pages stay
-    _step(engine)
+    step(engine)
     cache.wait()
     before, stats = _calls(cache), cache.stats()
     seconds = []
     for _ in range(outputs - _OTHER_STEPS):
         start = time.perf_counter()
-        _step(engine)
+        step(engine)
         seconds.append(time.perf_counter() - start)
     cache.wait()
     after, then = _calls(cache), cache.stats()
     while engine.unfinished:
-        _step(engine)
+        step(engine)
     return Round(
         tuple(seconds),
         after[0] - before[0],

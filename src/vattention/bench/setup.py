@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from vattention.cache import KVCache
 from vattention.engine.engine import Engine
 from vattention.engine.loading import LoadedModel
+from vattention.engine.opening import default_budget
+from vattention.engine.request import Request
 from vattention.engine.runner import Runner
-from vattention.memory.limits import memory_headroom
 
 _BATCHED_TOKENS = 512
 
@@ -51,12 +52,11 @@ def open_cache(loaded: LoadedModel, options: EngineOptions) -> KVCache:
         layers_per_stream=options.layers_per_stream,
         kv_together=options.kv_together,
     )
-    headroom = memory_headroom()
-    default = layout.size if headroom is None else max(1, min(layout.size, headroom // 2))
+    default = default_budget(layout) if loaded.device.type == "cpu" else None
     return KVCache(
         layout,
         device=loaded.device,
-        memory=options.kv_cache_memory or (default if loaded.device.type == "cpu" else None),
+        memory=options.kv_cache_memory or default,
         page_size=options.page_size,
         guard=options.guard,
         poison=options.poison,
@@ -75,3 +75,12 @@ def open_engine(loaded: LoadedModel, cache: KVCache, runner: Runner, options: En
         max_model_len=cache.layout.max_model_len,
         eos_token_ids=loaded.eos_token_ids,
     )
+
+
+def step(engine: Engine) -> list[Request]:
+    """One forward pass. Raises what a request fails of: a measurement with a request less measures something else."""
+    moved = engine.step()
+    for sample in moved:
+        if sample.error is not None:
+            raise sample.error
+    return moved

@@ -17,7 +17,7 @@ import torch
 from vattention.bench.machine import check_writable, write_json
 from vattention.bench.prompts import TestPrompt, make_prompts, spread
 from vattention.bench.reference import Answer, Reference
-from vattention.bench.setup import EngineOptions, open_cache, open_engine
+from vattention.bench.setup import EngineOptions, open_cache, open_engine, step
 from vattention.bench.table import table
 from vattention.cache import KVCache
 from vattention.engine.loading import LoadedModel, load_model
@@ -316,9 +316,7 @@ def _answers(
         engine = open_engine(loaded, cache, runner, options)
         requests = [engine.add_request(prompt.token_ids, params) for prompt in prompts]
         while engine.unfinished:
-            for request in engine.step():
-                if request.error is not None:
-                    raise request.error
+            step(engine)
         answers = []
         for request in requests:
             rows = runner.logits[request.request_id]

@@ -14,6 +14,7 @@ from typing import SupportsIndex
 
 import torch
 
+from vattention.cache.arguments import checked_length, checked_lengths, checked_slot
 from vattention.cache.backing import Backing
 from vattention.cache.layout import KVLayout
 from vattention.cache.moving import apply_moves, plan_moves
@@ -471,21 +472,13 @@ class KVCache:
         return self._backing.reservation.tensor(view.offset, shape, view.strides, layout.dtype)
 
     def _checked(self, lengths: Mapping[int, int]) -> dict[int, int]:
-        if not isinstance(lengths, Mapping):
-            raise TypeError(f"lengths must map slots to numbers of tokens, not {type(lengths).__name__}")
-        return {self._checked_slot(slot): self._checked_length(length, "length") for slot, length in lengths.items()}
+        return checked_lengths(lengths, self._checked_slot, self.layout.max_model_len)
 
     def _checked_slot(self, slot: SupportsIndex) -> int:
-        number = integer(slot, "a slot")
-        if not 0 <= number < len(self._slots) or not self._slots[number].live:
-            raise InvalidRequest(f"slot {number} is not live: use one that alloc or fork gave and free has not taken")
-        return number
+        return checked_slot(slot, len(self._slots), lambda number: self._slots[number].live)
 
     def _checked_length(self, length: SupportsIndex, what: str) -> int:
-        number = integer(length, what)
-        if not 0 <= number <= self.layout.max_model_len:
-            raise InvalidRequest(f"{what} {number} is outside 0..{self.layout.max_model_len} (max_model_len)")
-        return number
+        return checked_length(length, what, self.layout.max_model_len)
 
     def _check_open(self) -> None:
         if os.getpid() != self._owner:

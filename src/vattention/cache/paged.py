@@ -15,6 +15,7 @@ from typing import SupportsIndex
 
 import torch
 
+from vattention.cache.arguments import checked_length, checked_lengths, checked_slot
 from vattention.cache.layout import KVLayout
 from vattention.cache.opening import integer
 from vattention.cache.stats import CacheStats
@@ -342,21 +343,13 @@ class PagedKVCache:
         return length
 
     def _checked(self, lengths: Mapping[int, int]) -> dict[int, int]:
-        if not isinstance(lengths, Mapping):
-            raise TypeError(f"lengths must map slots to numbers of tokens, not {type(lengths).__name__}")
-        return {self._checked_slot(slot): self._checked_length(length, "length") for slot, length in lengths.items()}
+        return checked_lengths(lengths, self._checked_slot, self.layout.max_model_len)
 
     def _checked_slot(self, slot: SupportsIndex) -> int:
-        number = integer(slot, "a slot")
-        if not 0 <= number < len(self._lengths) or self._lengths[number] is None:
-            raise InvalidRequest(f"slot {number} is not live: use one that alloc or fork gave and free has not taken")
-        return number
+        return checked_slot(slot, len(self._lengths), lambda number: self._lengths[number] is not None)
 
     def _checked_length(self, length: SupportsIndex, what: str) -> int:
-        number = integer(length, what)
-        if not 0 <= number <= self.layout.max_model_len:
-            raise InvalidRequest(f"{what} {number} is outside 0..{self.layout.max_model_len} (max_model_len)")
-        return number
+        return checked_length(length, what, self.layout.max_model_len)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -138,7 +138,7 @@ def open_engine(
         kv_together=kv_together,
     )
     if budget is None and place.type == "cpu":
-        budget = _default_budget(layout)
+        budget = default_budget(layout)
     elif place.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps in reserve is not free to others, the cache among them
     kv_cache: Cache
@@ -189,7 +189,7 @@ def _origin(loaded: LoadedModel) -> str:
     return "" if size is None else f", dequantised from {format_size(size)}"
 
 
-def _default_budget(layout: KVLayout) -> int:
+def default_budget(layout: KVLayout) -> int:
     """Physical bytes for the KV cache where the caller names none."""
     headroom = memory_headroom()
     return layout.size if headroom is None else max(1, min(layout.size, headroom // _DEFAULT_MEMORY_SHARE))

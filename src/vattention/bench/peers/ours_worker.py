@@ -10,6 +10,7 @@ import torch
 import wire  # type: ignore[import-not-found]
 
 from vattention.bench.machine import version
+from vattention.bench.setup import step
 from vattention.engine.sampling_params import SamplingParams
 from vattention.llm import LLM
 
@@ -55,9 +56,7 @@ class _Ours:
         request = self._llm.engine.add_request(prompt, _params(output))
         times: list[float] = []
         while not request.all_finished:
-            for sample in self._llm.engine.step():
-                if sample.error is not None:
-                    raise sample.error
+            step(self._llm.engine)
             times += [time.perf_counter()] * (len(request.output_token_ids) - len(times))
         return times
 
