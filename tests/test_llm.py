@@ -462,3 +462,9 @@ def test_small_chunks_need_no_other_option(tiny: LoadedModel, rows: int) -> None
         whole = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
     with LLM(tiny, max_num_batched_tokens=rows) as llm:
         assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == whole
+
+
+def test_half_a_surrogate_pair_is_refused(llm: LLM) -> None:
+    for ask in (lambda: llm.generate("a\ud800"), lambda: llm.chat([{"role": "user", "content": "a\ud800"}])):
+        with pytest.raises(InvalidRequest, match="the text is not Unicode"):
+            ask()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vattention.cli.figures import Fullest
 from vattention.cli.json_lines import LineReader, LineWriter, parse
 from vattention.cli.options import FAILED, open_llm
-from vattention.cli.prompts import chat_ids, has_template, sampling_params, text_ids
+from vattention.cli.prompts import chat_ids, has_template, prompt_ids, sampling_params
 from vattention.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Batch:
             return prompt, values
         if self._chat:
             return chat_ids(tokenizer, [{"role": "user", "content": prompt}]), values
-        ids = text_ids(tokenizer, prompt)
+        ids = prompt_ids(tokenizer, prompt)
         job.prompt = prompt
         return ids, values
 

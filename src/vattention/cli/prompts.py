@@ -5,41 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vattention.engine.prompts import text_ids, tokenize_chat
 from vattention.engine.sampling_params import SamplingParams
 from vattention.errors import ConfigError, InvalidRequest
 
 
-def text_ids(tokenizer: Any | None, text: object, *, add_special_tokens: bool = True) -> list[int]:
-    """The token ids of a text.
-
-    Raises:
-        InvalidRequest: no text, one that is not Unicode, or no tokenizer.
-    """
-    if tokenizer is None:
-        raise InvalidRequest("this model came without a tokenizer: pass prompt_token_ids")
+def prompt_ids(tokenizer: Any | None, text: object) -> list[int]:
+    """The token ids of what JSON has for a prompt. Raises InvalidRequest as `text_ids`, and for no string."""
     if not isinstance(text, str):
         raise InvalidRequest(f"a prompt is a string, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
-        raise InvalidRequest(f"the text is not Unicode: {error.reason} at character {error.start}") from None
-    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    return ids
+    return text_ids(tokenizer, text)
 
 
-def chat_ids(tokenizer: Any | None, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_ids(tokenizer: Any | None, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
     """The token ids of a conversation in the model's chat template, up to where the answer begins.
 
     Raises:
         InvalidRequest: no template, or one that refuses the messages.
     """
-    from vattention.engine.chat import chat_text
-
     try:
-        text = chat_text(tokenizer, messages)
+        return tokenize_chat(tokenizer, messages).token_ids
     except TypeError as error:
         raise InvalidRequest(str(error)) from None
-    return text_ids(tokenizer, text, add_special_tokens=False)  # the template has written its own
 
 
 def has_template(tokenizer: Any | None) -> bool:

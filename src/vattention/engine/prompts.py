@@ -27,7 +27,8 @@ def tokenize(tokenizer: Any | None, prompt: object) -> TokenizedPrompt:
         tokenizer: of transformers; None serves token ids only.
 
     Raises:
-        TypeError: no `Prompt`. InvalidRequest: a dictionary with other keys, or text without a tokenizer.
+        TypeError: no `Prompt`. InvalidRequest: a dictionary with other keys, text that is not Unicode, or no tokenizer
+            for it.
     """
     if isinstance(prompt, Mapping):
         if len(prompt) != 1 or next(iter(prompt)) not in ("prompt", "prompt_token_ids"):
@@ -43,17 +44,26 @@ def tokenize(tokenizer: Any | None, prompt: object) -> TokenizedPrompt:
             f"a prompt is a str or a dictionary, not {type(prompt).__name__};"
             ' token ids go into {"prompt_token_ids": [...]}'
         )
-    if tokenizer is None:
-        raise InvalidRequest("this model came without a tokenizer: pass prompt_token_ids")
-    return TokenizedPrompt(prompt, tokenizer(prompt, verbose=False).input_ids)
+    return TokenizedPrompt(prompt, text_ids(tokenizer, prompt))
 
 
 def tokenize_chat(tokenizer: Any | None, messages: Sequence[Message], **options: Any) -> TokenizedPrompt:
     """Put a conversation into the model's chat template. `options` are those of `chat_text`, errors too."""
     text = chat_text(tokenizer, messages, **options)
-    assert tokenizer is not None  # chat_text has refused that
     # The template has written its own special tokens.
-    return TokenizedPrompt(text, tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return TokenizedPrompt(text, text_ids(tokenizer, text, add_special_tokens=False))
+
+
+def text_ids(tokenizer: Any | None, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a text. Raises InvalidRequest for one that is not Unicode, or without a tokenizer."""
+    if tokenizer is None:
+        raise InvalidRequest("this model came without a tokenizer: pass prompt_token_ids")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise InvalidRequest(f"the text is not Unicode: {error.reason} at character {error.start}") from None
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    return ids
 
 
 @contextmanager
