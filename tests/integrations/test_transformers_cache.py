@@ -275,12 +275,14 @@ def test_zeros_of_another_sign_are_not_the_same():
 def test_no_room_for_the_tails_of_rows_that_share_leaves_nothing_behind():
     config = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=2, head_dim=16).config
     with VirtualCache(config, page_size=4096, memory=7 * 4096, head_major=False) as cache:
-        cache.update(*states([0, 0], 20), 0)  # K and V, two pages and a tail of each
-        before = cache.layers[0].keys.clone()
-        with pytest.raises(OutOfPages):
-            cache.update(*states([0, 0], 300, seed=1), 0)
-        assert cache.get_seq_length() == 20
-        assert torch.equal(cache.layers[0].keys, before)
+        cache.update(*states([0, 0], 20), 0)  # K and V, a page of each row and stream
+        before, needed = cache.layers[0].keys.clone(), cache.stats().needed
+        # More than there is for one row; and enough for one, but not for the tail of the other.
+        for tokens, short in ((300, 18), (40, 2)):
+            with pytest.raises(OutOfPages, match=f"{short} pages needed"):
+                cache.update(*states([0, 0], tokens, seed=1), 0)
+            assert (cache.get_seq_length(), cache.stats().needed) == (20, needed)
+            assert torch.equal(cache.layers[0].keys, before)
         key, value = cache.update(*states([0, 0], 5, seed=2), 0)
         assert torch.equal(key[:, :, :20], before)
         assert torch.equal(value[:, :, 20:], states([0, 0], 5, seed=2)[1])
