@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from vattention.attention import native, operator
-from vattention.attention.base import LAYER, NAME, AttentionBatch
+from vattention.attention.base import LAYER, NAME, Batch
 from vattention.engine.linears import can_pack, merge_linears, run_packed
 
 _ROWS = (8, 1)
@@ -62,6 +62,12 @@ class CompiledModel:
             _warn(self._failure)
         return self._failure is None
 
+    @property
+    def settled(self) -> bool:
+        """Whether compiling has ended, one way or the other."""
+        thread = self._thread
+        return thread is None or not thread.is_alive()
+
     def wait(self) -> None:
         """Return when compiling has ended, one way or the other."""
         thread = self._thread
@@ -69,7 +75,7 @@ class CompiledModel:
             thread.join()
         self.ready  # noqa: B018 (for its warning)
 
-    def run(self, model: nn.Module, batch: AttentionBatch, **inputs: Any) -> Any | None:
+    def run(self, model: nn.Module, batch: Batch, **inputs: Any) -> Any | None:
         """A pass of the model over `batch`, once `ready`. `inputs` are those of the model's forward.
 
         Returns:
@@ -83,7 +89,7 @@ class CompiledModel:
             self._failure = error
             return None
 
-    def _forward(self, model: nn.Module, batch: AttentionBatch | None, **inputs: Any) -> Any:
+    def _forward(self, model: nn.Module, batch: Batch | None, **inputs: Any) -> Any:
         ticket = operator.new_ticket(batch, inputs["input_ids"].device)
         self._ours.now = True
         try:
