@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from vattention.attention.placing import place
 from vattention.errors import InvalidRequest, UnsupportedModel
+
+if TYPE_CHECKING:
+    from vattention.attention.decode_plan import DecodePlan
 
 NAME = "vattention_batch"
 """What the engine's `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
@@ -147,6 +150,12 @@ class AttentionBatch:
             single_positions=positions,
             places=None if table is None else _places(segments, table, keys.shape[1]),
         )
+
+    @classmethod
+    def of_plan(cls, plan: DecodePlan, layers: Layers) -> AttentionBatch:
+        """One pass over the rows of `plan`, all of them decodes. Everything it reads is in the plan's tensors."""
+        rows = plan.rows
+        return cls((), layers, plan.attend, len(rows), rows.single_slots, rows.single_positions)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, `[kv_heads, rows, width]` each, where they belong.

@@ -9,6 +9,8 @@ import torch
 
 from vattention.attention import blocked, cpu_decode, sdpa, varlen
 from vattention.attention.base import Attend, Features, Segment
+from vattention.attention.decode_plan import DecodePlan, DecodeRows
+from vattention.errors import UnsupportedModel
 
 
 def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
@@ -51,3 +53,26 @@ def _elsewhere(every: tuple[Segment, ...], dtype: torch.dtype, device: torch.dev
         return kernel()(query, keys, values, features)
 
     return attend
+
+
+def decode_plan(rows: int, *, bound: int, dtype: torch.dtype, device: torch.device) -> DecodePlan:
+    """Attention of `rows` decodes that can be captured in a CUDA graph: see `attention.decode_plan`.
+
+    Until its first `update` every row is the first token of slot 0.
+
+    Args:
+        bound: the most tokens that any of them may have.
+        dtype, device: those of the cache.
+    """
+    numbers = DecodeRows([0] * rows, [1] * rows, bound=bound, device=device)
+    flash = varlen.decode(numbers)
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        if varlen.available(device) and varlen.can(query, keys, values, features):
+            return flash(query, keys, values, features)
+        raise UnsupportedModel(
+            f"no kernel here computes decodes with {features} in {dtype} from numbers on the device alone:"
+            " such a pass cannot be captured in a graph"
+        )
+
+    return DecodePlan(numbers, attend)
