@@ -107,6 +107,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function).removeprefix("aten.")
         kwargs = kwargs or {}
+        if function._can_decompose():  # in inference mode nobody has done so
+            with self:
+                return function.decompose(*args, **kwargs)
         if name.startswith(_ASKS):
             raise CannotBeCaptured(f"{name} asks the device for a number: operation not permitted when capturing")
         if name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1:2])):

@@ -199,9 +199,7 @@ class Batch(Protocol):
         """Attention of one layer, shapes as in `attention_forward`; K and V are written first."""
 
 
-def check_layer(
-    layer: int, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> None:
+def check_layer(layer: int, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Raises UnsupportedModel for new K and V, `[1, heads, rows, width]`, of another shape than the cache's layer."""
     if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
         raise UnsupportedModel(

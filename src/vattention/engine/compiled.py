@@ -4,7 +4,8 @@ Layers are compiled, not models: the layers of a kind share one graph, so that a
 minutes, and what surrounds them (the embedding, rotary tables, the last norm) is a few calls a pass. Rows are a dynamic
 dimension: one graph for a single row, and one for any other number of them, decodes and prompts alike. What a graph
 cannot hold stays outside of it: attention, with the cache and the batch (`attention.operator`), and weights packed for
-oneDNN (`engine.linears`).
+oneDNN (`engine.linears`). On a GPU matrix products stay torch's own, and what lies between them is fused; passes of
+decodes are then captured with the layers compiled (`engine.graphs`).
 
 Compiling happens in a thread of its own, on passes that touch no cache: until it has ended, passes run eagerly. Where
 it fails (no C++ compiler, a layer that does not trace) they go on doing so, after one warning. Nobody else who uses the
@@ -20,6 +21,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -109,7 +111,9 @@ class CompiledModel:
     @torch.inference_mode()
     def _prepare(self, model: nn.Module) -> None:
         try:
-            native.find_compiler()
+            device = next(model.parameters()).device
+            if device.type == "cpu":  # elsewhere inductor looks for what it needs
+                native.find_compiler()
             layers = decoder_layers(model)
             for part in (part for layer in layers for part in _attentions(layer)):
                 setattr(part, LAYER, torch.tensor(part.layer_idx))
@@ -119,11 +123,12 @@ class CompiledModel:
             head = model.get_output_embeddings()  # type: ignore[operator]
             if type(head) is nn.Linear and can_pack(head.weight):
                 self._divert(head, functools.partial(run_packed, head))
-            device = next(model.parameters()).device
-            for rows in _ROWS:
-                numbers = torch.zeros((1, rows), dtype=torch.int64, device=device)
-                keep = torch.zeros(1, dtype=torch.int64, device=device)
-                self._forward(model, None, input_ids=numbers, position_ids=numbers, logits_to_keep=keep)
+            # A thread has a current device of its own.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                for rows in _ROWS:
+                    numbers = torch.zeros((1, rows), dtype=torch.int64, device=device)
+                    keep = torch.zeros(1, dtype=torch.int64, device=device)
+                    self._forward(model, None, input_ids=numbers, position_ids=numbers, logits_to_keep=keep)
         except Exception as error:  # noqa: BLE001 (a compiler is many libraries; all of them leave eager passes)
             self._failure = error
 

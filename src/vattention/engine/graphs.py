@@ -9,8 +9,8 @@ There is a graph for each *bucket*, a number of rows; a pass takes the smallest 
 All share one memory pool, which is sound because no two run at a time, and what one leaves is read before the next: the
 logits of a pass are good until the next pass. The largest is captured first, and the others fit in what it needed.
 
-While a graph is captured the lock of the page pool is held: nobody maps, unmaps, or waits for the device meanwhile, which
-a stream that is being captured does not allow.
+While a graph is captured the lock of the page pool is held: nobody maps, unmaps, or waits for the device meanwhile,
+which a stream that is being captured does not allow.
 
 Where a pass cannot be captured (attention without a kernel that reads lengths on the device, a layer that asks the host
 for a number, no memory) passes run as they are, after one warning. Source:
@@ -78,9 +78,7 @@ class CudaCapture:
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate and map meanwhile: only this one must not.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 output = work()
         return Captured(graph.replay, output)
 
@@ -166,9 +164,7 @@ class DecodeGraphs:
         """Capture a bucket, on a pass that is good. Returns whether that worked."""
         try:
             device, dtype = self._layers[0][0].device, self._layers[0][0].dtype
-            batch = DecodeBatch(
-                self._layers, bucket, self._plan(bucket, bound=self._bound, dtype=dtype, device=device)
-            )
+            batch = DecodeBatch(self._layers, bucket, self._plan(bucket, bound=self._bound, dtype=dtype, device=device))
             batch.update(tokens, slots, lengths)
             with self._lock:
                 self._graphs[bucket] = batch, self._capture(lambda: self._forward(batch))

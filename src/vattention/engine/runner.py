@@ -109,9 +109,7 @@ class Runner:
             return batch
 
         # Of all rows: none is left out for padding, and that is 0 in transformers.
-        return self._logits(
-            begin, input_ids=batch.tokens[None], position_ids=batch.positions[None], logits_to_keep=0
-        )
+        return self._logits(begin, input_ids=batch.tokens[None], position_ids=batch.positions[None], logits_to_keep=0)
 
     @property
     def _settled(self) -> bool:
