@@ -50,7 +50,7 @@ def filled(cache: KVCache, segments: list[Segment], q_heads: int) -> tuple[torch
 @pytest.mark.parametrize("batch", BATCHES)
 def test_slots_of_a_real_cache(batch: str, window: int | None, layout: dict[str, Any]) -> None:
     segments = segments_of(BATCHES[batch])
-    asked = Features(0.5, window)
+    asked = Features(0.5, window, sinks=torch.tensor([-1.0, 0, 1, 2, 3, 30]) if window in (None, 17) else None)
     with KVCache(KVLayout(3, 2, 16, torch.float16, 4, 96, **layout), memory="16MiB", guard=True, poison=True) as cache:
         query, keys, values = filled(cache, segments, 6)
         assert varlen.can(query, keys, values, asked)
@@ -117,7 +117,7 @@ def test_what_it_cannot_do() -> None:
     assert varlen.can(query, keys, keys, plain)
     assert varlen.can(query, keys, keys, Features(0.1, 16))
     assert not varlen.can(query, keys, keys, Features(softcap=1.0))
-    assert not varlen.can(query, keys, keys, Features(sinks=torch.zeros(4)))
+    assert varlen.can(query, keys, keys, Features(sinks=torch.zeros(4)))
     assert not varlen.can(query.float(), layer(dtype=torch.float32), layer(dtype=torch.float32), plain)
     assert not varlen.can(query.bfloat16(), keys, keys, plain)
     assert not varlen.can(query, keys, layer(32), plain)
@@ -141,7 +141,7 @@ def test_what_it_cannot_do() -> None:
         (torch.bfloat16, Features(), False, False),
         (torch.float32, Features(), True, False),
         (torch.float16, Features(softcap=1.0), True, False),
-        (torch.float16, Features(sinks=torch.zeros(4)), True, False),
+        (torch.float16, Features(sinks=torch.zeros(4)), True, True),
     ],
 )
 def test_which_kernel_a_gpu_gets(

@@ -11,13 +11,15 @@ Decodes get a call of their own, because the operator splits long contexts over 
 the queries of a group rows of one, only if no request has more than one row and there is no window. A decode never
 needs one: what a single row sees through a window is the end of its tokens, so its request begins later and is shorter.
 
-The operator itself is called, and not `torch.nn.attention.varlen`, because torch 2.11 has no `seqused_k` there.
+Where `torch.nn.attention.varlen.varlen_attn` takes `seqused_k` (torch 2.12), that is what is called. Before, and for
+sinks, which need the logarithm of the softmax's sum, it is the operator beneath: `aten::_flash_attention_forward`.
 Sources: its schema, torch.nn.attention.varlen in torch 2.13, https://github.com/Dao-AILab/flash-attention (2).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -27,10 +29,11 @@ import torch
 from vattention.attention.base import Attend, Features, Segment
 from vattention.attention.decode_plan import DecodeRows
 from vattention.attention.placing import place
+from vattention.attention.sinks import weigh
 from vattention.attention.splitting import decodes_apart
 
 Operator = Callable[..., tuple[torch.Tensor, ...]]
-"""`aten::_flash_attention_forward`, or what stands in for it."""
+"""`aten::_flash_attention_forward`, or what can be called as it is: the output, and perhaps the logsumexp after it."""
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _WIDEST = 256
@@ -49,11 +52,10 @@ def available(device: torch.device) -> bool:
 
 
 def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> bool:
-    """Whether the operator computes this: half precision, plain or windowed, and a layer that is one flat tensor."""
+    """Whether the operator computes this: half precision, no soft cap, and a layer that is one flat tensor."""
     width = keys.shape[3]
     return (
         features.softcap is None
-        and features.sinks is None
         and query.dtype in _DTYPES
         and keys.dtype == values.dtype == query.dtype
         and values.shape[3] == width
@@ -100,24 +102,23 @@ def prepare(
         segments,
         device,
         lambda rows: decode(rows, operator=operator),
-        lambda several: _prompts(several, device, _operator() if operator is None else operator),
+        lambda several: _prompts(several, device, operator),
     )
 
 
 def decode(rows: DecodeRows, *, operator: Operator | None = None) -> Attend:
     """Attention of decodes alone, for layers that this kernel `can`."""
-    flash = _operator() if operator is None else operator
 
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
         window = features.window
         queries, starts, lengths = rows.keep(("varlen", keys.shape[1], window), partial(_ends, keys.shape[1], window))
         longest = rows.bound if window is None else min(window, rows.bound)
-        return _compute(flash, query, keys, values, features.scaling, _Call(queries, starts, lengths, 1, longest))
+        return _compute(operator, query, keys, values, features, _Call(queries, starts, lengths, 1, longest))
 
     return attend
 
 
-def _prompts(segments: Sequence[Segment], device: torch.device, flash: Operator) -> Attend:
+def _prompts(segments: Sequence[Segment], device: torch.device, operator: Operator | None) -> Attend:
     """Of requests with any number of rows, which are neighbours in the query."""
 
     @functools.cache
@@ -128,24 +129,25 @@ def _prompts(segments: Sequence[Segment], device: torch.device, flash: Operator)
         call = planned(keys.shape[1])
         if features.window is not None and features.window < call.longest:
             call = call._replace(left=features.window - 1)  # besides its own
-        return _compute(flash, query, keys, values, features.scaling, call)
+        return _compute(operator, query, keys, values, features, call)
 
     return attend
 
 
 def _compute(
-    flash: Operator,
+    operator: Operator | None,
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    scaling: float | None,
+    features: Features,
     call: _Call,
 ) -> torch.Tensor:
+    flash = operator or _operator(features.sinks is not None)
     by_row = query.transpose(0, 1)  # [rows, q_heads, width]
     if by_row.stride(2) != 1 or by_row.stride(0) % _VECTOR or by_row.stride(1) % _VECTOR:
         by_row = by_row.contiguous()
     causal = call.left < 0 and call.most_rows > 1  # a single row sees everything before it as it is
-    return flash(
+    out, *more = flash(
         by_row,
         keys.flatten(0, 1),  # views, or `can` is wrong
         values.flatten(0, 1),
@@ -156,11 +158,12 @@ def _compute(
         0.0,  # dropout
         causal,
         False,  # no debug mask
-        scale=scaling,
+        scale=features.scaling,
         window_size_left=call.left,
         window_size_right=0 if causal or call.left >= 0 else -1,
         seqused_k=call.lengths,
-    )[0]
+    )
+    return out if features.sinks is None else weigh(out, more[0].transpose(0, 1), features.sinks)
 
 
 def _ends(padded_len: int, window: int | None, slots: Sequence[int], lengths: Sequence[int]) -> Sequence[Sequence[int]]:
@@ -181,5 +184,41 @@ def _plan(segments: Sequence[Segment], padded_len: int, device: torch.device) ->
     return _Call(query_numbers, places, lengths, most_rows, longest)
 
 
-def _operator() -> Operator:
+@functools.cache
+def _operator(logsumexp: bool) -> Operator:
+    """What this torch has, and what returns the logsumexp, `[q_heads, rows]`, where that is needed."""
+    from torch.nn.attention import varlen
+
+    if not logsumexp and "seqused_k" in inspect.signature(varlen.varlen_attn).parameters:
+        return _varlen_attn
     return torch.ops.aten._flash_attention_forward.default
+
+
+def _varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: torch.Tensor,
+    starts: torch.Tensor,
+    most_rows: int,
+    longest: int,
+    dropout: float,
+    causal: bool,
+    debug: bool,
+    *,
+    scale: float | None,
+    window_size_left: int,
+    window_size_right: int,
+    seqused_k: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """torch's public function, called as the operator is; it finds out by itself whether a call is causal."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = (window_size_left, window_size_right)
+    assert causal == (window == (-1, 0))
+    assert not (dropout or debug)
+    numbers = (query_starts, starts, most_rows, longest)
+    out = varlen_attn(
+        query, key, value, *numbers, scale=scale, window_size=window, enable_gqa=True, seqused_k=seqused_k
+    )
+    return (out,)  # type: ignore[return-value]
