@@ -12,10 +12,12 @@ from typing import TypedDict
 
 import torch
 
+from vattention.attention import choose
 from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
+from vattention.engine.kernels import check_layers, named_kernel
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import whole
@@ -52,6 +54,7 @@ class LLMOptions(TypedDict, total=False):
     compile: bool
     seed: int
     trust_remote_code: bool
+    attention_kernel: str | None
     max_num_batched_tokens: int | None
     head_major: bool
     layers_per_stream: int | None
@@ -84,6 +87,7 @@ def open_engine(
     compile: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
+    attention_kernel: str | None = None,
     max_num_batched_tokens: int | None = None,
     head_major: bool = False,
     layers_per_stream: int | None = 1,
@@ -103,6 +107,7 @@ def open_engine(
         kv_together=kv_together,
         guard=guard,
     )
+    kernel = named_kernel(attention_kernel, place, paged=cache == "paged")
     with _as_config_errors():
         if block_size is not None:
             block_size = whole("block_size", block_size, at_least=1)
@@ -148,8 +153,10 @@ def open_engine(
     else:
         kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
     try:
+        if kernel is not None:
+            check_layers(kernel, loaded.model, kv_cache)
         engine = Engine(
-            Runner(loaded.model, kv_cache, compile=compile),
+            Runner(loaded.model, kv_cache, kernel=kernel or choose.prepare, compile=compile),
             kv_cache,
             vocab_size=shape.vocab_size,
             max_num_seqs=max_num_seqs,
