@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(opening, "_place", lambda model, device: torch.device("cuda", 0))
     monkeypatch.setattr(opening, "KVCache", OnACPU)
     monkeypatch.setattr(opening, "CudaCapture", capture)
-    monkeypatch.setattr(opening, "Runner", partial(Runner, plan=plan_on_a_cpu))
+    monkeypatch.setattr(opening, "Runner", lambda *args, **more: Runner(*args, **{**more, "plan": plan_on_a_cpu}))
     monkeypatch.setattr(budget, "default_budget", left)
     return events
 

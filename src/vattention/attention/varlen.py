@@ -216,7 +216,7 @@ def _varlen_attn(
 
     window = (window_size_left, window_size_right)
     assert causal == (window == (-1, 0))
-    assert not (dropout or debug)
+    assert dropout == debug == 0
     numbers = (query_starts, starts, most_rows, longest)
     out = varlen_attn(
         query, key, value, *numbers, scale=scale, window_size=window, enable_gqa=True, seqused_k=seqused_k

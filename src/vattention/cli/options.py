@@ -28,7 +28,7 @@ CAPACITY = (
     "max_num_seqs",
     "max_num_batched_tokens",
 )
-FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile", "cuda_graphs")
+FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile", "cuda_graphs", "attention_kernel")
 LAYOUT = ("head_major", "layers_per_stream", "kv_together")
 CHECKS = ("guard", "poison")
 
@@ -91,6 +91,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
     add("--compile", action=switch, help="compile the model in the background (off)")
     add("--cuda-graphs", action=switch, help="of a GPU: replay decode passes from captured graphs (on)")
+    add("--attention-kernel", metavar="NAME", help="flash, flex, flashinfer, ... instead of the fastest (auto)")
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:

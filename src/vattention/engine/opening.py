@@ -8,16 +8,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 import torch
 
+from vattention.attention import choose
 from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
 from vattention.engine.budget import activation_bytes, check_share, settle_budget
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
 from vattention.engine.graphs import CudaCapture
+from vattention.engine.kernels import check_layers, named_kernel
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import whole
@@ -56,6 +59,7 @@ class LLMOptions(TypedDict, total=False):
     memory_utilization: float | None
     seed: int
     trust_remote_code: bool
+    attention_kernel: str | None
     max_num_batched_tokens: int | None
     head_major: bool
     layers_per_stream: int | None
@@ -90,6 +94,7 @@ def open_engine(
     memory_utilization: float | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    attention_kernel: str | None = None,
     max_num_batched_tokens: int | None = None,
     head_major: bool = False,
     layers_per_stream: int | None = 1,
@@ -113,6 +118,7 @@ def open_engine(
         kv_together=kv_together,
         guard=guard,
     )
+    kernel = named_kernel(attention_kernel, place, paged=cache == "paged")
     with _as_config_errors():
         if block_size is not None:
             block_size = whole("block_size", block_size, at_least=1)
@@ -167,7 +173,16 @@ def open_engine(
             poison=poison,
         )
     try:
-        runner = Runner(loaded.model, kv_cache, compile=compile, capture=CudaCapture(place) if graphs else None)
+        if kernel is not None:
+            check_layers(kernel, loaded.model, kv_cache)
+        runner = Runner(
+            loaded.model,
+            kv_cache,
+            kernel=kernel or choose.prepare,
+            compile=compile,
+            capture=CudaCapture(place) if graphs else None,
+            plan=choose.decode_plan if kernel is None else partial(choose.decode_plan, kernel=kernel.name),
+        )
         engine = Engine(
             runner,
             kv_cache,
