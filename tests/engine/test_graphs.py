@@ -10,6 +10,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from vattention.engine.architectures import ACCEPTED
 from vattention.engine.engine import Engine
 from vattention.engine.graphs import MOST_ROWS, Captured, DecodeGraphs, buckets
 from vattention.engine.loading import LoadedModel
-from vattention.engine.runner import Runner
+from vattention.engine.runner import Runner, _Streams
 from vattention.errors import InvalidRequest
 
 CPU = torch.device("cpu")
@@ -330,6 +331,16 @@ def test_a_pass_that_fails_is_computed_request_by_request(model: LoadedModel) ->
     tokens = all_tokens(run(engine, prompts_of(5, 40, 7), GREEDY))
     assert len(failures) == 2
     assert tokens == all_tokens(run(engine_for(model, **PAGES), prompts_of(5, 40, 7), GREEDY))
+
+
+def test_the_streams_of_passes_are_told_to_the_cache_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    current = iter([7, 7, 9, 7])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(current)))
+    streams = _Streams(SimpleNamespace(watch=told.append), torch.device("cuda", 0))  # type: ignore[arg-type]
+    for _ in range(4):
+        streams.note()
+    assert told == [7, 9]
 
 
 # -- padding

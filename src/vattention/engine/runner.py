@@ -13,7 +13,7 @@ from vattention.attention import choose, paged
 from vattention.attention.base import NAME, AttentionBatch, Batch, Kernel, Layers, Segment
 from vattention.attention.decode_batch import DecodeBatch
 from vattention.attention.placing import place
-from vattention.cache import Cache, PagedKVCache
+from vattention.cache import Cache, KVCache, PagedKVCache
 from vattention.engine.compiled import compile_model
 from vattention.engine.graphs import Capture, DecodeGraphs, Planner
 from vattention.engine.request import Chunk
@@ -49,6 +49,9 @@ class Runner:
         # Addresses are fixed for life, so the views are made once.
         self._layers = layer_views(cache)
         self._device = self._layers[0][0].device
+        self._streams: _Streams | None = None
+        if self._device.type == "cuda" and isinstance(cache, KVCache):
+            self._streams = _Streams(cache, self._device)
         self.graphs: DecodeGraphs | None = None
         if capture is not None and self._table is None:
             self.graphs = DecodeGraphs(
@@ -69,6 +72,8 @@ class Runner:
             Logits `[n, vocabulary]`, a row for each position that a chunk has `wanted`, in order: one for each chunk
             that `samples`, and those of prompts whose log-probabilities were asked for. Good until the next pass.
         """
+        if self._streams is not None:
+            self._streams.note()
         if self.graphs is not None and all(chunk.end - chunk.start == 1 for chunk in chunks) and self._settled:
             logits = self.graphs.run(chunks)
             if logits is not None:
@@ -131,6 +136,22 @@ class Runner:
         self.wait()
         if self.graphs is not None:
             self.graphs.capture_all(slot)
+
+
+class _Streams:
+    """Tells a cache on a GPU on which streams passes run, so that unmapping waits for those and for no others."""
+
+    def __init__(self, cache: KVCache, device: torch.device) -> None:
+        self._cache = cache
+        self._device = device
+        self._known: set[int] = set()
+
+    def note(self) -> None:
+        """A pass is about to be submitted to torch's current stream."""
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        if stream not in self._known:
+            self._cache.watch(stream)
+            self._known.add(stream)
 
 
 def layer_views(cache: Cache) -> Layers:
