@@ -8,14 +8,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 import torch
 
+from vattention.attention import choose
 from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
+from vattention.engine.budget import activation_bytes, check_share, settle_budget
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
+from vattention.engine.graphs import CudaCapture
+from vattention.engine.kernels import check_layers, named_kernel
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import whole
@@ -50,8 +55,11 @@ class LLMOptions(TypedDict, total=False):
     block_size: int | None
     enable_prefix_caching: bool
     compile: bool
+    cuda_graphs: bool | None
+    memory_utilization: float | None
     seed: int
     trust_remote_code: bool
+    attention_kernel: str | None
     max_num_batched_tokens: int | None
     head_major: bool
     layers_per_stream: int | None
@@ -82,8 +90,11 @@ def open_engine(
     block_size: int | None = None,
     enable_prefix_caching: bool = False,
     compile: bool = False,
+    cuda_graphs: bool | None = None,
+    memory_utilization: float | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    attention_kernel: str | None = None,
     max_num_batched_tokens: int | None = None,
     head_major: bool = False,
     layers_per_stream: int | None = 1,
@@ -93,7 +104,11 @@ def open_engine(
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
     place = _place(model, device)
-    _refuse_what_is_not_built(enable_prefix_caching, place.type, compile=compile, paged=cache == "paged")
+    _refuse_what_is_not_built(enable_prefix_caching, place.type, paged=cache == "paged")
+    if cuda_graphs and place.type != "cuda":
+        raise ConfigError("cuda_graphs=True is for a GPU: leave it out")
+    graphs = place.type == "cuda" and cuda_graphs is not False
+    check_share(memory_utilization, place, given=kv_cache_memory is not None)
     _check_cache(
         cache,
         block_size,
@@ -103,6 +118,7 @@ def open_engine(
         kv_together=kv_together,
         guard=guard,
     )
+    kernel = named_kernel(attention_kernel, place, paged=cache == "paged")
     with _as_config_errors():
         if block_size is not None:
             block_size = whole("block_size", block_size, at_least=1)
@@ -146,10 +162,29 @@ def open_engine(
         assert budget is not None
         kv_cache = PagedKVCache(layout, memory=budget, block_size=block_size or DEFAULT_BLOCK_SIZE, poison=poison)
     else:
-        kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
+        # Of a GPU, and without a size, the budget is provisional: graphs need the addresses to be there.
+        kv_cache = KVCache(
+            layout,
+            device=place,
+            memory=budget,
+            memory_utilization=memory_utilization,
+            page_size=page,
+            guard=guard,
+            poison=poison,
+        )
     try:
+        if kernel is not None:
+            check_layers(kernel, loaded.model, kv_cache)
+        runner = Runner(
+            loaded.model,
+            kv_cache,
+            kernel=kernel or choose.prepare,
+            compile=compile,
+            capture=CudaCapture(place) if graphs else None,
+            plan=choose.decode_plan if kernel is None else partial(choose.decode_plan, kernel=kernel.name),
+        )
         engine = Engine(
-            Runner(loaded.model, kv_cache, compile=compile),
+            runner,
             kv_cache,
             vocab_size=shape.vocab_size,
             max_num_seqs=max_num_seqs,
@@ -159,6 +194,11 @@ def open_engine(
             seed=seed,
             tokenizer=loaded.tokenizer,
         )
+        if graphs:
+            engine.warmup()  # so that what they take is known before pages take it
+        if place.type == "cuda" and budget is None and isinstance(kv_cache, KVCache):
+            taken = activation_bytes(loaded.model, rows, max_num_seqs)
+            settle_budget(kv_cache, memory_utilization, taken)
         _announce(loaded, kv_cache, budget)
     except BaseException:
         kv_cache.close()
@@ -204,11 +244,9 @@ def _place(model: Model, device: str) -> torch.device:
     return model.device
 
 
-def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, compile: bool, paged: bool) -> None:
+def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, paged: bool) -> None:
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
-    if place != "cpu" and compile:
-        raise ConfigError("compile=True is built for CPUs only so far: leave it off")
     if place != "cpu" and paged:
         raise ConfigError('cache="paged" is built for CPUs only so far: use device="cpu", or the virtual cache')
 
