@@ -13,6 +13,8 @@ from typing import TypedDict
 import torch
 
 from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
+from vattention.cache.choosing import Auto, Choice, Given, choose
+from vattention.cache.opening import look
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
@@ -53,20 +55,22 @@ class LLMOptions(TypedDict, total=False):
     seed: int
     trust_remote_code: bool
     max_num_batched_tokens: int | None
-    head_major: bool
-    layers_per_stream: int | None
-    kv_together: bool
+    head_major: bool | Auto
+    layers_per_stream: int | Auto | None
+    kv_together: bool | Auto
+    expected_tokens: int | None
     guard: bool
     poison: bool
 
 
 @dataclass(frozen=True, eq=False)
 class OpenEngine:
-    """An engine, and what its owner has to close: the cache."""
+    """An engine, what its owner has to close: the cache, and why that is laid out as it is (unless it is paged)."""
 
     loaded: LoadedModel
     cache: Cache
     engine: Engine
+    layout: Choice | None = None
 
 
 def open_engine(
@@ -85,9 +89,10 @@ def open_engine(
     seed: int = 0,
     trust_remote_code: bool = False,
     max_num_batched_tokens: int | None = None,
-    head_major: bool = False,
-    layers_per_stream: int | None = 1,
-    kv_together: bool = False,
+    head_major: bool | Auto = "auto",
+    layers_per_stream: int | Auto | None = "auto",
+    kv_together: bool | Auto = "auto",
+    expected_tokens: int | None = None,
     guard: bool = False,
     poison: bool = False,
 ) -> OpenEngine:
@@ -98,9 +103,10 @@ def open_engine(
         cache,
         block_size,
         page_size=page_size is not None,
-        head_major=head_major,
-        layers_per_stream=layers_per_stream != 1,
-        kv_together=kv_together,
+        head_major=head_major not in (False, "auto"),
+        layers_per_stream=layers_per_stream not in (1, "auto"),
+        kv_together=kv_together not in (False, "auto"),
+        expected_tokens=expected_tokens is not None,
         guard=guard,
     )
     with _as_config_errors():
@@ -109,6 +115,8 @@ def open_engine(
         seed = whole("seed", seed, at_least=0, below=2**64)
         if max_model_len is not None:
             max_model_len = whole("max_model_len", max_model_len, at_least=2)
+        if expected_tokens is not None:
+            expected_tokens = whole("expected_tokens", expected_tokens, at_least=1)
         rows = max_num_batched_tokens
         if rows is not None:
             rows = whole("max_num_batched_tokens", rows, at_least=1)
@@ -129,24 +137,22 @@ def open_engine(
             model, dtype=dtype, device=place, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
     shape = loaded.geometry
-    layout = shape.layout(
-        loaded.dtype,
-        max_num_seqs,
-        shape.longest_request(max_model_len),
-        head_major=head_major,
-        layers_per_stream=layers_per_stream,
-        kv_together=kv_together,
-    )
+    layout = shape.layout(loaded.dtype, max_num_seqs, shape.longest_request(max_model_len))
     if budget is None and place.type == "cpu":
         budget = default_budget(layout)
     elif place.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps in reserve is not free to others, the cache among them
+    choice: Choice | None = None
     kv_cache: Cache
     if cache == "paged":
         assert budget is not None
         kv_cache = PagedKVCache(layout, memory=budget, block_size=block_size or DEFAULT_BLOCK_SIZE, poison=poison)
     else:
-        kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
+        given = Given(head_major, layers_per_stream, kv_together, page)
+        choice = choose(layout, look(place, budget), expected_tokens=expected_tokens, given=given)
+        kv_cache = KVCache(
+            choice.layout, device=place, memory=budget, page_size=choice.page_size, guard=guard, poison=poison
+        )
     try:
         engine = Engine(
             Runner(loaded.model, kv_cache, compile=compile),
@@ -159,15 +165,15 @@ def open_engine(
             seed=seed,
             tokenizer=loaded.tokenizer,
         )
-        _announce(loaded, kv_cache, budget)
+        _announce(loaded, kv_cache, budget, choice)
     except BaseException:
         kv_cache.close()
         raise
-    return OpenEngine(loaded, kv_cache, engine)
+    return OpenEngine(loaded, kv_cache, engine, choice)
 
 
-def _announce(loaded: LoadedModel, cache: Cache, budget: int | None) -> None:
-    """One line about memory on stderr, and a warning where the longest request does not fit."""
+def _announce(loaded: LoadedModel, cache: Cache, budget: int | None, choice: Choice | None) -> None:
+    """A line about memory and one about the layout on stderr, and a warning where the longest request does not fit."""
     layout, capacity, stats = cache.layout, cache.capacity(), cache.stats()
     sys.stderr.write(
         f"vattention: {format_size(loaded.weight_bytes)} of weights"
@@ -175,6 +181,8 @@ def _announce(loaded: LoadedModel, cache: Cache, budget: int | None) -> None:
         f" KV cache: {format_size(stats.reserved)} reserved for {layout.max_num_seqs} x {layout.max_model_len}"
         f" tokens, {format_size(stats.budget if budget is None else budget)} physical budget, {capacity} tokens fit\n"
     )
+    if choice is not None:
+        sys.stderr.write(f"vattention: {choice}\n")
     if layout.max_model_len > capacity:
         warnings.warn(
             f"max_model_len={layout.max_model_len} is more than the KV budget holds ({capacity} tokens): a request"
