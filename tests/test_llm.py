@@ -309,7 +309,9 @@ def test_the_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_line_at_start_says_what_memory_is_for_and_one_how_it_is_laid_out(tiny: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_at_start_about_memory_and_one_about_the_layout(
+    tiny: LoadedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     with LLM(tiny, max_num_seqs=4, kv_cache_memory="4MiB", max_model_len=128) as llm:
         capacity = llm.engine._cache.capacity()
         assert (llm.layout.name, llm.layout.page_size) == ("token-major", llm.engine._cache.pool.page_size)
