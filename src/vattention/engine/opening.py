@@ -98,7 +98,7 @@ def open_engine(
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
     place = _place(model, device)
-    _refuse_what_is_not_built(enable_prefix_caching, place.type, compile=compile, paged=cache == "paged")
+    _refuse_what_is_not_built(enable_prefix_caching, place.type, compile=compile)
     _check_cache(
         cache,
         block_size,
@@ -145,8 +145,9 @@ def open_engine(
     choice: Choice | None = None
     kv_cache: Cache
     if cache == "paged":
-        assert budget is not None
-        kv_cache = PagedKVCache(layout, memory=budget, block_size=block_size or DEFAULT_BLOCK_SIZE, poison=poison)
+        memory = look(place, budget).budget
+        size = block_size or DEFAULT_BLOCK_SIZE
+        kv_cache = PagedKVCache(layout, memory=memory, device=place, block_size=size, poison=poison)
     else:
         given = Given(head_major, layers_per_stream, kv_together, page)
         choice = choose(layout, look(place, budget), expected_tokens=expected_tokens, given=given)
@@ -212,13 +213,11 @@ def _place(model: Model, device: str) -> torch.device:
     return model.device
 
 
-def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, compile: bool, paged: bool) -> None:
+def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, compile: bool) -> None:
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
     if place != "cpu" and compile:
         raise ConfigError("compile=True is built for CPUs only so far: leave it off")
-    if place != "cpu" and paged:
-        raise ConfigError('cache="paged" is built for CPUs only so far: use device="cpu", or the virtual cache')
 
 
 def _check_cache(cache: str, block_size: int | None, **virtual: bool) -> None:
