@@ -26,6 +26,7 @@ class ServerSettings:
         max_samples: answers to one prompt (`n`, `best_of`).
         request_timeout: seconds from a request's first byte to the last one of its answer. None: any time.
         body_timeout: seconds in which the body of a request has to arrive.
+        stall_timeout: seconds without a byte read after which a client that has an answer to read is cut off.
         drain_timeout: seconds that requests get to end when the server is told to stop.
         host, port: where it listens. Port 0: one that is free.
         log_prompts: write the bodies of requests to the log, so what people ask. Off unless asked for.
@@ -47,6 +48,7 @@ class ServerSettings:
     max_samples: int = 16
     request_timeout: float | None = None
     body_timeout: float = 60.0
+    stall_timeout: float = 60.0
     drain_timeout: float = 30.0
     host: str = "127.0.0.1"
     port: int = 8000
@@ -74,6 +76,7 @@ class ServerSettings:
         if self.request_timeout is not None:
             _seconds("request_timeout", self.request_timeout)
         _seconds("body_timeout", self.body_timeout)
+        _seconds("stall_timeout", self.stall_timeout)
         _seconds("drain_timeout", self.drain_timeout, zero=True)
         if not isinstance(self.host, str):
             raise TypeError(f"host must be a str, not {type(self.host).__name__}")

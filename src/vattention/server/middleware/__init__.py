@@ -1,9 +1,9 @@
-"""What stands between a client and the routes: who it is, how much it may send, and what is written down.
+"""What stands between a client and the routes: who it is, how much it may ask, and what is written down.
 
-Plain ASGI applications around another one, each of one idea. `guarded` puts them in their order.
+Plain ASGI applications around another one, each of one idea. `guards` puts them in their order.
 """
 
-from vattention.server.middleware.guarded import guarded
+from vattention.server.middleware.guards import guards
 from vattention.server.middleware.record import Record, record_of
 
-__all__ = ["Record", "guarded", "record_of"]
+__all__ = ["Record", "guards", "record_of"]

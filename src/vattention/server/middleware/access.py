@@ -11,6 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vattention.server.middleware.record import Record, attach
+from vattention.server.middleware.refusal import refuse
 
 LOGGER = logging.getLogger("vattention.server.access")
 
@@ -26,7 +27,8 @@ class Access:
     A client's own `X-Request-Id` is kept if it is 1 to 128 of letters, digits and `._:-`. The line has the method, the
     path without what follows "?", the status, milliseconds, token counts and the client's address: no prompt, no
     answer, no header. 499 is the status of a client that left before it had one. Requests of those who only watch
-    (`/health`, `/ready`, `/metrics`) that went well are written at level debug.
+    (`/health`, `/ready`, `/metrics`) that went well are written at level debug. What nobody below has caught is written
+    with its trace, and the client is told 500 and no more.
 
     Args:
         log_prompts: add the body of the request, up to 64 KiB of it.
@@ -65,17 +67,15 @@ class Access:
                 body.extend(message.get("body", b"")[: _LONGEST_BODY - len(body)])
             return message
 
-        failed = False
         try:
             await self._app(scope, kept if self._log_prompts else receive, named)
-        except Exception:
-            failed = True
-            raise
-        finally:
+        except Exception:  # the log is where it belongs, and nobody above knows the request's name
+            LOGGER.exception("internal error", extra={"fields": {"request_id": record.request_id}})
             if status is None:
-                status = 500 if failed else _CLIENT_CLOSED
-            more = {"complete": whole}
-            self._write(scope, record, status, time.perf_counter() - began, more, bytes(body))
+                await refuse(named, 500, "internal error: the server's log has more", code="internal_error")
+        finally:
+            shown = _CLIENT_CLOSED if status is None else status
+            self._write(scope, record, shown, time.perf_counter() - began, {"complete": whole}, bytes(body))
 
     def _write(
         self, scope: Scope, record: Record, status: int, seconds: float, more: dict[str, Any], body: bytes

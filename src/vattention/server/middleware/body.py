@@ -76,8 +76,9 @@ class BodyLimit:
 
     async def _too_long(self, send: Send) -> None:
         message = f"the body of the request is longer than this server takes: {self._max_bytes} bytes at most"
-        # What is left of it will not be read, so the connection is of no more use.
-        await refuse(send, 413, message, code="request_too_large", headers={"connection": "close"})
+        # The connection stays: uvicorn reads the rest and drops it. If it were closed with a part unread, the client,
+        # which is still sending, might never see this answer.
+        await refuse(send, 413, message, code="request_too_large")
 
 
 class _TooLong(Exception):
