@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
-
-from starlette.types import Scope
 
 from vattention.errors import InvalidRequest
 
@@ -26,9 +26,6 @@ class Overloaded(Exception):
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"no room for {retry_after} s or so")
         self.retry_after = retry_after
-
-
-_KEY = "vattention.stay"
 
 
 class Admission:
@@ -113,16 +110,25 @@ class Stay:
         self.close()
 
 
-def attach(scope: Scope, stay: Stay) -> None:
-    """Make `stay` the one of this request."""
-    scope[_KEY] = stay
+_current: ContextVar[Stay | None] = ContextVar("vattention_stay", default=None)
 
 
-def hold(scope: Scope, answers: int) -> None:
+@contextmanager
+def staying(stay: Stay) -> Iterator[None]:
+    """Make `stay` that of the request that this task serves, and close it at the end."""
+    token = _current.set(stay)
+    try:
+        with stay:
+            yield
+    finally:
+        _current.reset(token)
+
+
+def hold(answers: int) -> None:
     """What a route calls when it knows how many answers its request asks for: prompts, times samples of each.
 
     Raises: as `Stay.hold`. Nothing where no middleware admits.
     """
-    stay = scope.get(_KEY)
-    if isinstance(stay, Stay):
+    stay = _current.get()
+    if stay is not None:
         stay.hold(answers)

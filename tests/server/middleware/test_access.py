@@ -7,7 +7,7 @@ import pytest
 
 from support.asgi import call, saying, scope_of
 from vattention.server.middleware.access import Access
-from vattention.server.middleware.record import record_of
+from vattention.server.middleware.record import current_record
 
 SECRET = b'{"prompt": "my secret question"}'
 
@@ -21,8 +21,8 @@ def lines(caplog: pytest.LogCaptureFixture) -> Any:
 
 def test_a_line_a_request_with_what_the_routes_know(lines: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        record = record_of(scope)
-        record.model, record.prompt_tokens, record.completion_tokens, record.finish = "m", 3, 5, "stop"
+        record = current_record()
+        record.model, record.prompt_tokens, record.completion_tokens, record.finish = "m", 3, 5, ["stop", "length"]
         await saying("ok")(scope, receive, send)
 
     scope = scope_of(x_request_id="abc-1") | {"query_string": b"api_key=sk-x"}
@@ -40,7 +40,7 @@ def test_a_line_a_request_with_what_the_routes_know(lines: Any) -> None:
         "model": "m",
         "prompt_tokens": 3,
         "completion_tokens": 5,
-        "finish": "stop",
+        "finish": "stop,length",
         "complete": True,
     }
 

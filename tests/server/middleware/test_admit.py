@@ -51,14 +51,14 @@ def test_a_request_for_several_answers_takes_as_many_places() -> None:
     admission = Admission(at_once=2, queue=2)
 
     async def batch(scope: Any, receive: Any, send: Any) -> None:
-        hold(scope, 3)
+        hold(3)
         assert admission.inside == 3
         with admission.enter(), pytest.raises(Overloaded):
-            hold(scope, 4)
+            hold(4)
         assert admission.inside == 3
         with pytest.raises(InvalidRequest, match="4 at most"):
-            hold(scope, 5)
-        hold(scope, 2)
+            hold(5)
+        hold(2)
         assert admission.inside == 2
 
     asyncio.run(call(Admit(batch, admission=admission, draining=never), scope_of()))

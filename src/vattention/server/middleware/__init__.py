@@ -4,6 +4,6 @@ Plain ASGI applications around another one, each of one idea. `guards` puts them
 """
 
 from vattention.server.middleware.guards import guards
-from vattention.server.middleware.record import Record, record_of
+from vattention.server.middleware.record import Record, current_record
 
-__all__ = ["Record", "guards", "record_of"]
+__all__ = ["Record", "current_record", "guards"]

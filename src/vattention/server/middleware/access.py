@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vattention.server.middleware.record import Record, attach
+from vattention.server.middleware.record import Record, recording
 from vattention.server.middleware.refusal import refuse
 
 LOGGER = logging.getLogger("vattention.server.access")
@@ -45,7 +45,6 @@ class Access:
             return
         began = time.perf_counter()
         record = Record(_request_id(scope))
-        attach(scope, record)
         status: int | None = None
         whole = False
         body = bytearray()
@@ -68,7 +67,8 @@ class Access:
             return message
 
         try:
-            await self._app(scope, kept if self._log_prompts else receive, named)
+            with recording(record):
+                await self._app(scope, kept if self._log_prompts else receive, named)
         except Exception:  # the log is where it belongs, and nobody above knows the request's name
             LOGGER.exception("internal error", extra={"fields": {"request_id": record.request_id}})
             if status is None:
@@ -95,7 +95,7 @@ class Access:
             "model": record.model,
             "prompt_tokens": record.prompt_tokens,
             "completion_tokens": record.completion_tokens,
-            "finish": record.finish,
+            "finish": None if record.finish is None else ",".join(record.finish),
             **more,
         }
         if self._log_prompts:

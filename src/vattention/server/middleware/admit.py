@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vattention.server.admission import Admission, Overloaded, attach
+from vattention.server.admission import Admission, Overloaded, staying
 from vattention.server.middleware.refusal import refuse
 
 
@@ -37,8 +37,7 @@ class Admit:
         except Overloaded as error:
             await refuse(send, **overloaded(error))
             return
-        with stay:
-            attach(scope, stay)
+        with staying(stay):
             await self._app(scope, receive, send)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-
-from starlette.types import Scope
-
-_KEY = "vattention.record"
 
 
 @dataclass
@@ -17,22 +16,29 @@ class Record:
         request_id: what the client and the log call it.
         model: that the client has asked for.
         prompt_tokens, completion_tokens: counted so far; None where nothing was computed.
-        finish: why the answer ended; several reasons are joined by commas.
+        finish: why its answers have ended so far, in the order of their ends.
     """
 
     request_id: str
     model: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    finish: str | None = None
+    finish: list[str] | None = None
 
 
-def attach(scope: Scope, record: Record) -> None:
-    """Make `record` the one of this request."""
-    scope[_KEY] = record
+_current: ContextVar[Record | None] = ContextVar("vattention_record", default=None)
 
 
-def record_of(scope: Scope) -> Record:
-    """The record of this request; a new one, which nobody reads, where no middleware has attached one."""
-    record = scope.get(_KEY)
-    return record if isinstance(record, Record) else Record("none")
+@contextmanager
+def recording(record: Record) -> Iterator[None]:
+    """Make `record` that of the request that this task serves, with the tasks that it starts."""
+    token = _current.set(record)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_record() -> Record:
+    """The record of the request that is served here; one that nobody reads, where no middleware keeps one."""
+    return _current.get() or Record("none")
