@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from support.servers import PATIENCE, Server, wait
+from support.server_process import PATIENCE, Server, wait
 
 GOOD = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.servers import Server, serving, wait
+from support.server_process import Server, serving, wait
 from vattention.cli import main
 from vattention.errors import ConfigError
 from vattention.server.listening import listen
