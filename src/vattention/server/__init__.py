@@ -1,0 +1,1 @@
+"""The online front door: an OpenAI-compatible HTTP server over `AsyncLLM`."""
