@@ -60,10 +60,8 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 async def read(llm: AsyncLLM, prompt: Any, params: SamplingParams) -> Any:
-    output = None
-    async for output in llm.generate({"prompt_token_ids": list(prompt)}, params):
-        pass
-    return output
+    outputs = [output async for output in llm.generate({"prompt_token_ids": list(prompt)}, params)]
+    return outputs[-1]
 
 
 def params(tokens: int, **more: Any) -> SamplingParams:
@@ -165,11 +163,15 @@ def test_both_formats_parse_and_all_metrics_of_the_engine_name_the_model(model):
 
 def test_two_applications_do_not_mix(model):
     async def main() -> None:
-        async with open_llm(model) as one, open_llm(model) as two:
-            async with client_of(new_app(one)) as first, client_of(new_app(two)) as second:
-                await read(one, (1, 2, 3), params(2))
-                assert value(await scrape(first), "generation_tokens_total") == 2
-                assert value(await scrape(second), "generation_tokens_total") == 0
+        async with (
+            open_llm(model) as one,
+            open_llm(model) as two,
+            client_of(new_app(one)) as first,
+            client_of(new_app(two)) as second,
+        ):
+            await read(one, (1, 2, 3), params(2))
+            assert value(await scrape(first), "generation_tokens_total") == 2
+            assert value(await scrape(second), "generation_tokens_total") == 0
 
     asyncio.run(main())
 
