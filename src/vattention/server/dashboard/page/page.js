@@ -1,7 +1,8 @@
 
 "use strict";
 
-const PERIOD = 1000, SHORTEST = 60, LONGEST = 300;  // ms between two looks; seconds that charts show
+const PERIOD = 1000;  // ms between two looks
+const SHORTEST = 60, LONGEST = 300, GAP = 10;  // seconds that charts show, and that a line bridges
 const by = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 let columns = [], points = [], next = 0, missed = 0;
@@ -69,7 +70,11 @@ function draw_vital(figure) {
   const span = points.length ? Math.max(SHORTEST, end - points[0][at]) : SHORTEST;
   const lines = names.map((name) => {
     const column = columns.indexOf(name);
-    return points.map((point) => [300 - 300 * (end - point[at]) / span, point[column]]);
+    const x = (point) => 300 - 300 * (end - point[at]) / span;
+    return points.flatMap((point, i) => {
+      const gap = i && point[at] - points[i - 1][at] > GAP;  // nobody knows what was in between
+      return gap ? [[x(point), null], [x(point), point[column]]] : [[x(point), point[column]]];
+    });
   });
   const most = Math.max(...lines.flat().map(([, y]) => y ?? 0));
   const top = most > 0 ? round_up(most) : 1;
@@ -87,7 +92,7 @@ function draw_vital(figure) {
   const shown = is_time ? seconds(now[0]) : [now[0] === null ? "–" : whole(now[0]), "tokens/s"];
   figure.querySelector(".value").textContent = shown[0];
   figure.querySelector(".unit").textContent = shown[1];
-  if (names[1]) figure.querySelector(".second").textContent = seconds(now[1]).join(" ");
+  if (names[1]) figure.querySelector(".second").textContent = now[1] === null ? "–" : seconds(now[1]).join(" ");
   figure.querySelector(".top").textContent = most > 0 ? (is_time ? seconds(top).join(" ") : whole(top)) : "";
   figure.querySelector(".ago").textContent = ago(span);
   svg.setAttribute("aria-label",
