@@ -58,6 +58,24 @@ class Server:
         finally:
             connection.close()
 
+    def metrics(self) -> dict[str, float]:
+        """Every number of /metrics by its name, those with several labels summed up, without `vattention:`."""
+        status, _, body = self.ask("/metrics")
+        assert status == 200, body
+        numbers: dict[str, float] = {}
+        for line in body.decode().splitlines():
+            match = re.match(r"(?:vattention:)?([\w:]+)(?:\{.*\})? (\S+)", line)
+            if match is not None:
+                numbers[match.group(1)] = numbers.get(match.group(1), 0.0) + float(match.group(2))
+        return numbers
+
+    @property
+    def is_idle(self) -> bool:
+        """No request runs or waits, no slot is in use, and no page is held by one."""
+        now = self.metrics()
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_live_slots", "kv_cache_mapped_bytes")
+        return not any(now[name] for name in names)
+
     def stream(self, body: Any, path: str = "/v1/completions", headers: Mapping[str, str] | None = None) -> "Stream":
         """Begin a streamed answer."""
         return Stream(self.port, path, {**body, "stream": True}, headers or {})
