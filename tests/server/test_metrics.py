@@ -210,3 +210,34 @@ def test_every_query_of_the_grafana_dashboard_asks_for_a_metric_there_is(model):
     assert asked <= there, f"not exported: {sorted(asked - there)}"
     labels = {label for query in queries for label in re.findall(r"(?:by \(|[{,]\s*)(\w+)\s*(?:=|\))", query)}
     assert labels <= {"model_name", "le", "finished_reason", "route", "status", "method", "verb", "kind", "state"}
+
+
+def test_a_server_counts_what_its_clients_are_told(tiny_server):
+    def told() -> dict[str, int]:
+        usages = [
+            httpx.post(
+                f"{tiny_server}/v1/completions",
+                json={"model": "tiny", "prompt": "Once upon a time", "max_tokens": 4, "n": n, "seed": 1},
+                timeout=60,
+            ).json()["usage"]
+            for n in (1, 2)
+        ]
+        return {name: sum(usage[name] for usage in usages) for name in ("prompt_tokens", "completion_tokens")}
+
+    def counted() -> dict[str, float]:
+        samples = {
+            (sample.name, sample.labels.get("route"), sample.labels.get("status")): sample.value
+            for family in parse(httpx.get(f"{tiny_server}/metrics").text)
+            for sample in family.samples
+        }
+        return {
+            "prompt_tokens": samples["vattention:prompt_tokens_total", None, None],
+            "completion_tokens": samples["vattention:generation_tokens_total", None, None],
+            "answers": samples.get(("vattention:http_requests_total", "/v1/completions", "200"), 0),
+        }
+
+    before = counted()
+    answers = told()
+    assert answers["completion_tokens"] > 0
+    after = counted()
+    assert {name: after[name] - before[name] for name in before} == {**answers, "answers": 2}
