@@ -189,7 +189,8 @@ def _compile() -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx  # takes seconds to import
 
         merge_linears(graph)
-        return watchable(compile_fx(graph, inputs))
+        code: Any = compile_fx(graph, inputs)
+        return watchable(code)
 
     # Dynamo keeps graphs by code object, and gives up after a few: models must not share one.
     run.__code__ = run.__code__.replace()
