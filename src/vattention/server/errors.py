@@ -102,5 +102,6 @@ def _validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
-    param = where[0] if where else None
-    return ApiError(400, f"{'.'.join(where) or 'the body'}: {first['msg']}", param=param)
+    if not where:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    return ApiError(400, f"{'.'.join(where)}: {first['msg']}", param=where[0])
