@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +13,16 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from support.models import loaded, prompts_of, tiny_model
+from support.servers import serving
 from vattention import AsyncLLM, SamplingParams
 from vattention.engine.loading import LoadedModel
-from vattention.server.dashboard import add_dashboard
+from vattention.server.app import create_app
 from vattention.server.dashboard.data import MOST_REQUESTS, MOST_SLOTS, page_data
 from vattention.server.dashboard.history import POINTS, History
-from vattention.server.metrics import add_metrics
+from vattention.server.settings import ServerSettings
 
 LONG = 60.0
 PAGE = 4096
@@ -43,11 +42,8 @@ def endless(**more: Any) -> SamplingParams:
     return SamplingParams(**{"max_tokens": None, "ignore_eos": True, "seed": 1, **more})
 
 
-def new_app(llm: AsyncLLM) -> FastAPI:
-    app = FastAPI()
-    add_metrics(app, llm, model_name="tiny")
-    add_dashboard(app, llm, model_name="tiny")
-    return app
+def new_app(llm: AsyncLLM, **settings: Any) -> FastAPI:
+    return create_app(llm, ServerSettings(served_model_names=("tiny",), **settings))
 
 
 def column(data: dict[str, Any], name: str) -> list[Any]:
@@ -177,7 +173,8 @@ def test_the_page_is_one_piece_and_its_policy_allows_just_that(model):
         async with open_llm(model) as llm:
             transport = httpx.ASGITransport(new_app(llm))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                assert (await client.get("/dashboard/data", params={"after": "x"})).status_code == 422
+                for wrong in ("x", "-1", "1e400"):
+                    assert (await client.get("/dashboard/data", params={"after": wrong})).status_code == 400
                 assert (await client.get("/dashboard/data")).json()["points"] == []
                 return await client.get("/dashboard")
 
@@ -194,24 +191,20 @@ def test_the_page_is_one_piece_and_its_policy_allows_just_that(model):
     assert "/* page" not in response.text
 
 
+def test_it_can_be_left_out(model):
+    async def main() -> None:
+        async with open_llm(model) as llm:
+            transport = httpx.ASGITransport(new_app(llm, enable_dashboard=False, enable_metrics=False))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                for path in ("/dashboard", "/dashboard/data", "/metrics"):
+                    assert (await client.get(path)).status_code == 404
+
+    asyncio.run(main())
+
+
 # -- in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """The application on a port of its own, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(LONG)
-        listener.close()
 
 
 @pytest.fixture(scope="module")
