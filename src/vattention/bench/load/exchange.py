@@ -11,7 +11,7 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 from vattention.errors import ConfigError
@@ -86,7 +86,7 @@ async def exchange(
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     try:
         transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        return await cast(_Answer, protocol).ended
+        return await protocol.ended
     finally:
         transport.close()
 
