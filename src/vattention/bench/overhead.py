@@ -166,9 +166,8 @@ def _report(
         ("cores busy", spread(shares["offline"]).show(2), spread(shares["HTTP"]).show(2), ""),
         ("cores of the generator", "", spread(generator).show(3), ""),
     ]
-    print(
-        f"{case.name}, all at once, {options.contest.max_num_seqs} computed at a time; median of {options.rounds} rounds"
-    )
+    head = f"{case.name}, all at once, {options.contest.max_num_seqs} computed at a time"
+    print(f"{head}; median of {options.rounds} rounds")
     print(table(("", "offline", "HTTP", "share left"), rows))
     failed = left.median < options.at_least
     print(
