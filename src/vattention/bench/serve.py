@@ -176,14 +176,14 @@ def sides_of(options: ServeBench, longest: int) -> Iterator[Turns]:
     if options.url is not None or options.side:
         named = options.side or [("server", options.url or "")]
         targets = [target_of(name, url, api_key=options.api_key, model=options.model_name) for name, url in named]
-        yield Turns({target.name: target for target in targets}, {})
+        yield Turns({target.name: target for target in targets}, {}, options.form)
         return
     with started(options.contest, longest) as processes_:
         targets = []
         for name, each in processes_.items():
             with each.at_work():
                 targets.append(target_of(name, each.url, api_key=options.api_key, model=options.model_name))
-        yield Turns({target.name: target for target in targets}, processes_)
+        yield Turns({target.name: target for target in targets}, processes_, options.form)
 
 
 @contextmanager

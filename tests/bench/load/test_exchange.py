@@ -14,7 +14,10 @@ CHUNKED = (
     b"5\r\ndata:\r\n6;x=y\r\n one\n\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(EVENTS[11:]), EVENTS[11:])
 )
 TO_THE_END = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n\r\n" + EVENTS
-OF_LENGTH = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n%s" % (len(EVENTS), EVENTS)
+OF_LENGTH = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n%s" % (
+    len(EVENTS),
+    EVENTS,
+)
 WITH_RETURNS = TO_THE_END.replace(b"\n\n", b"\r\n\r\n")
 CONTINUED = b"HTTP/1.1 100 Continue\r\n\r\n" + CHUNKED
 

@@ -27,7 +27,9 @@ def test_requests_have_the_lengths_asked_for() -> None:
             lengths = [Lengths(each.prompt + 4, each.output) for each in LENGTHS]
             overhead = overhead_of(target, form, timeout=10)
             assert overhead == (3 if form.endpoint == "chat" else 0)
-            found = run_load(target, asks(form, target.model, lengths, seed="0", overhead=overhead), closed(2), timeout=10)
+            found = run_load(
+                target, asks(form, target.model, lengths, seed="0", overhead=overhead), closed(2), timeout=10
+            )
             assert found.failures == {}
             assert found.prompt_tokens == sum(each.prompt for each in lengths)
             assert found.output_tokens == sum(each.output for each in lengths)
@@ -108,7 +110,9 @@ def test_arrivals() -> None:
 
 def test_arrivals_of_a_trace(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.5,3,4\n2023-11-16 18:15:47.7500000,3,4\n")
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.5,3,4\n2023-11-16 18:15:47.7500000,3,4\n"
+    )
     assert traced(str(path), 2, speed=2).times == pytest.approx([0, 0.625])
     path.write_text("arrived_at,num_prefill_tokens\n1.5,2\n4,5\n")
     assert traced(str(path), 2, speed=1).times == [0, 2.5]

@@ -78,7 +78,6 @@ def _headers(api_key: str | None) -> dict[str, str]:
 def run_load(target: Target, asked: Sequence[Ask], arrivals: Arrivals, *, timeout: float) -> Figures:
     """Send all of it, and wait for the answers. Failures are in the result."""
     work = [partial(_send, target, ask, timeout) for ask in asked]
-    gc.collect()
     gc.disable()  # a pause of the generator would look like one of the server
     used = time.process_time()
     try:

@@ -28,9 +28,11 @@ class Turns:
     Args:
         targets: by name; the first is ours, or what stands in its place.
         started: those that run as processes of ours. Only they can be stopped, and their CPU time be seen.
+        form: of the requests.
     """
 
-    def __init__(self, targets: Mapping[str, Target], started: Mapping[str, ServerProcess]) -> None:
+    def __init__(self, targets: Mapping[str, Target], started: Mapping[str, ServerProcess], form: Form) -> None:
+        self._form = form
         self._targets = dict(targets)
         self._started = dict(started)
         self.names = list(targets)
@@ -56,7 +58,7 @@ class Turns:
 
     def _watched(self, target: Target, work: Callable[[Target], Figures]) -> Figures:
         # A server that was stopped finds its caches cold and its clocks low: two tokens that nobody counts.
-        nudge = asks(Form(prompts="text"), target.model, _NUDGE, seed="nudge")
+        nudge = asks(self._form, target.model, _NUDGE, seed="nudge")
         run_load(target, nudge, Arrivals("nudge"), timeout=_NUDGE_TIMEOUT)
         own = self._started.get(target.name)
         others = [each for name, each in self._started.items() if name != target.name]
