@@ -67,6 +67,11 @@ class AsyncLLM:
         return self._engine.max_model_len
 
     @property
+    def max_num_seqs(self) -> int:
+        """Requests computed at once."""
+        return self._cache.layout.max_num_seqs
+
+    @property
     def vocab_size(self) -> int:
         """Token ids are below it."""
         return self._engine.vocab_size

@@ -17,7 +17,7 @@ KEY = "sk-very-secret"
 
 def read(*flags: str, environ: Mapping[str, str] | None = None) -> argparse.Namespace:
     args = parser().parse_args(["serve", *flags])
-    sources = Sources(args.run.args[0], PREFIX, {"api_key": KEYS})
+    sources = Sources(args.options, PREFIX, {"api_key": KEYS})
     sources.fill(args, environ or {})
     args.sources = sources
     return args
@@ -62,7 +62,7 @@ def test_every_option_of_the_engine_can_come_from_anywhere(file: Any) -> None:
     flags = "--dtype float32 --max-model-len 64 --kv-cache-memory 1GiB --head-major --layers-per-stream all"
     from_flags = read(*flags.split(), "--no-compile", "--seed", "3")
     for args in (from_file, from_environment, from_flags):
-        for name in ("run", "config", "sources"):
+        for name in ("run", "config", "options", "sources"):
             vars(args).pop(name, None)
     assert vars(from_file) == vars(from_environment) == vars(from_flags)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -194,7 +195,7 @@ def started(contest: ContestOptions, longest: int) -> Iterator[dict[str, servers
     """
     threads = threads_of(contest)
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    with ExitStack() as stack:
+    with _ended_in_order(), ExitStack() as stack:
         model = stack.enter_context(readable(contest))
         found: dict[str, servers.ServerProcess] = {}
         for name in (OURS, *contest.peers):
@@ -219,6 +220,20 @@ def started(contest: ContestOptions, longest: int) -> Iterator[dict[str, servers
             with server.at_work():
                 tell(f"{name} is ready after {server.wait_ready():.0f} s: {' '.join(arguments)}")
         yield found
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM leaves the block as Ctrl-C does: processes of a server that is stopped would outlive us otherwise."""
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _options(name: str, contest: ContestOptions, longest: int) -> dict[str, Any]:

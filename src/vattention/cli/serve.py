@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vattention.cli.options import (
@@ -88,12 +87,12 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of the random numbers of requests that name none (0)")
     add_layout(parser)
     add_checks(parser)
-    parser.set_defaults(run=partial(run, parser))
+    parser.set_defaults(options=parser)
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Serve until a signal says stop."""
-    sources = Sources(parser, PREFIX, {"api_key": KEYS})
+    sources = Sources(args.options, PREFIX, {"api_key": KEYS})
     sources.fill(args, os.environ)
     try:
         from vattention.server.run import serve

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vattention.server.middleware.refusal import refuse
+from vattention.server.errors import ApiError
 
 _WAIT = {"retry-after": "5"}
 
@@ -35,7 +35,8 @@ class Front:
         elif scope["path"] in ("/health", "/ready"):
             await JSONResponse({"status": "loading"}, 503, _WAIT)(scope, receive, send)
         else:
-            await refuse(send, 503, "the model is being loaded: try again", code="loading", headers=_WAIT)
+            error = ApiError(503, "the model is being loaded: try again", code="loading", headers=_WAIT)
+            await error.response()(scope, receive, send)
 
 
 def _version() -> str:

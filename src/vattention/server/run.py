@@ -125,7 +125,7 @@ class _Life:
                 LOGGER.critical("the engine has stopped, and this server ends")
                 return DIED
             app.state.server.draining = True
-            await self._drain(app.state.admission)
+            await self._drain(app.state.server.admission)
             # Whoever has not ended by now is told so, while there is still a connection to say it on.
             await asyncio.to_thread(llm.close)
         return STOPPED

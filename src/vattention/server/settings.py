@@ -21,9 +21,9 @@ class ServerSettings:
         api_keys: any of these is accepted; with none, whatever a client sends is. They are not part of the `repr`.
         cors_origins: origins whose pages may call the server, "*" for all. None: no CORS headers at all.
         max_body_bytes: of a request. A longer one is refused with 413, as soon as that is known.
-        max_queue: prompts that may wait beyond those that are computed, before 429 with Retry-After.
-        max_tokens: of one answer. A request for more is refused, one that names no number gets at most this many.
-        max_samples: answers to one prompt (`n`, `best_of`).
+        max_queue: answers that may wait beyond those that are computed, before 429 with Retry-After.
+        max_tokens: of one answer: whoever asks for more gets this many, with finish_reason "length".
+        max_samples: answers of one request: its prompts, times `n` or `best_of`.
         request_timeout: seconds from a request's first byte to the last one of its answer. None: any time.
         body_timeout: seconds in which the body of a request has to arrive.
         stall_timeout: seconds without a byte read after which a client that has an answer to read is cut off.

@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vattention.server.errors import api_error
 from vattention.server.middleware.record import Record, recording
-from vattention.server.middleware.refusal import refuse
 
 LOGGER = logging.getLogger("vattention.server.access")
 
@@ -69,10 +69,10 @@ class Access:
         try:
             with recording(record):
                 await self._app(scope, kept if self._log_prompts else receive, named)
-        except Exception:  # the log is where it belongs, and nobody above knows the request's name
+        except Exception as error:  # the log is where it belongs, and nobody above knows the request's name
             LOGGER.exception("internal error", extra={"fields": {"request_id": record.request_id}})
             if status is None:
-                await refuse(named, 500, "internal error: the server's log has more", code="internal_error")
+                await api_error(error).response()(scope, receive, named)
         finally:
             shown = _CLIENT_CLOSED if status is None else status
             self._write(scope, record, shown, time.perf_counter() - began, {"complete": whole}, bytes(body))
@@ -93,9 +93,9 @@ class Access:
             "status": status,
             "ms": round(seconds * 1000, 1),
             "model": record.model,
-            "prompt_tokens": record.prompt_tokens,
-            "completion_tokens": record.completion_tokens,
-            "finish": None if record.finish is None else ",".join(record.finish),
+            "prompt_tokens": record.prompt_tokens or None,
+            "completion_tokens": record.completion_tokens or None,
+            "finish": ",".join(record.finish) or None,
             **more,
         }
         if self._log_prompts:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vattention.server.admission import Admission, Overloaded, staying
-from vattention.server.middleware.refusal import refuse
+from vattention.server.errors import ApiError, api_error
 
 
 class Admit:
@@ -30,22 +30,13 @@ class Admit:
             return
         if self._draining():
             headers = {"retry-after": "5", "connection": "close"}
-            await refuse(send, 503, "the server is stopping: ask another one", code="draining", headers=headers)
+            error = ApiError(503, "the server is stopping: ask another one", code="draining", headers=headers)
+            await error.response()(scope, receive, send)
             return
         try:
             stay = self._admission.enter()
-        except Overloaded as error:
-            await refuse(send, **overloaded(error))
+        except Overloaded as full:
+            await api_error(full).response()(scope, receive, send)
             return
         with staying(stay):
             await self._app(scope, receive, send)
-
-
-def overloaded(error: Overloaded) -> dict[str, object]:
-    """What `refuse` takes for it."""
-    return {
-        "status": 429,
-        "message": f"the queue of this server is full: try again in {error.retry_after} s",
-        "code": "queue_full",
-        "headers": {"retry-after": str(error.retry_after)},
-    }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vattention.server.middleware.refusal import refuse
+from vattention.server.errors import ApiError
 
 
 class BodyLimit:
@@ -32,17 +33,18 @@ class BodyLimit:
             return
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not announced.isdigit() or len(announced) > 18 or int(announced) > self._max_bytes:
-            await self._too_long(send)
+            await self._too_long()(scope, receive, send)
             return
         try:
             async with asyncio.timeout(self._timeout):
                 body = await self._read(receive)
         except TimeoutError:
             message = f"the body of the request did not arrive within {self._timeout:g} s"
-            await refuse(send, 408, message, code="body_timeout", headers={"connection": "close"})
+            error = ApiError(408, message, code="body_timeout", headers={"connection": "close"})
+            await error.response()(scope, receive, send)
             return
         except _TooLong:
-            await self._too_long(send)
+            await self._too_long()(scope, receive, send)
             return
         if body is None:
             return  # nobody is there any more
@@ -74,11 +76,11 @@ class BodyLimit:
             if not message.get("more_body", False):
                 return b"".join(parts)
 
-    async def _too_long(self, send: Send) -> None:
+    def _too_long(self) -> Response:
         message = f"the body of the request is longer than this server takes: {self._max_bytes} bytes at most"
         # The connection stays: uvicorn reads the rest and drops it. If it were closed with a part unread, the client,
         # which is still sending, might never see this answer.
-        await refuse(send, 413, message, code="request_too_large")
+        return ApiError(413, message, code="request_too_large").response()
 
 
 class _TooLong(Exception):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vattention.server.middleware.refusal import error_body, refuse
+from vattention.server.errors import ApiError
+from vattention.server.streaming import event
 
-_CODE = "request_timeout"
+_FAREWELL = 1.0
 
 
 class Deadline:
@@ -50,19 +52,12 @@ class Deadline:
             if ended:
                 return
         message = f"the request was not over within the {self._timeout:g} s that this server gives one"
+        error = ApiError(504, message, code="request_timeout", headers={"x-should-retry": "false"})
         if not begun:
-            await refuse(send, 504, message, code=_CODE, headers={"x-should-retry": "false"})
+            await error.response()(scope, receive, send)
         elif streaming:
-            event = b"event: error\n" if scope["path"].endswith("/responses") else b""
             # A reader who takes nothing must not hold this up: then the connection ends without it.
-            try:
-                async with asyncio.timeout(1):
-                    await send(
-                        {
-                            "type": "http.response.body",
-                            "body": event + b"data: " + error_body(504, message, _CODE) + b"\n\n",
-                        }
-                    )
-            except TimeoutError:
-                return
-            await send({"type": "http.response.body", "body": b""})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FAREWELL):
+                    await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+                    await send({"type": "http.response.body", "body": b""})

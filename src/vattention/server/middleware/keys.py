@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vattention.server.middleware.refusal import refuse
+from vattention.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 """Answered without a key, for those who watch over the server. They say nothing about what is computed."""
@@ -47,7 +47,8 @@ class ApiKeys:
         page = scope["method"] == "GET" and not scope["path"].startswith("/v1/")
         challenge = 'Basic realm="vattention"' if page else "Bearer"
         message = _MISSING if key is None else _WRONG
-        await refuse(send, 401, message, code="invalid_api_key", headers={"www-authenticate": challenge})
+        error = ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": challenge})
+        await error.response()(scope, receive, send)
 
     def _known(self, key: bytes) -> bool:
         digest = _digest(key)

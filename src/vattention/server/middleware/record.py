@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -15,15 +15,15 @@ class Record:
     Attributes:
         request_id: what the client and the log call it.
         model: that the client has asked for.
-        prompt_tokens, completion_tokens: counted so far; None where nothing was computed.
+        prompt_tokens, completion_tokens: counted so far.
         finish: why its answers have ended so far, in the order of their ends.
     """
 
     request_id: str
     model: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    finish: list[str] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish: list[str] = field(default_factory=list)
 
 
 _current: ContextVar[Record | None] = ContextVar("vattention_record", default=None)
