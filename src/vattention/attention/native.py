@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+_HEADERS = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w", f"-I{_HEADERS}")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
 
@@ -106,7 +107,7 @@ def _cache() -> Path:
 def _fingerprint(source: Path, command: tuple[str, ...]) -> str:
     """Of everything that decides what the library holds, and whether it runs here."""
     compiler = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
-    headers = (header.read_bytes() for header in sorted(source.parent.glob("*.h")))
+    headers = (header.read_bytes() for folder in (_HEADERS, source.parent) for header in sorted(folder.glob("*.h")))
     parts = (source.read_bytes(), *headers, *(part.encode() for part in command), compiler, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
