@@ -161,8 +161,15 @@ def _report(
     rates = [found.values["output_throughput"] for found in online]
     left = ratio(rates, offline)
     generator = [found.client_cpu / found.seconds for found in online]
+    # What other processes do to the machine changes this much less than it changes the time.
+    cost = {
+        "offline": [busy / rate * 1e3 for busy, rate in zip(shares["offline"], offline, strict=True)],
+        "HTTP": [busy / rate * 1e3 for busy, rate in zip(shares["HTTP"], rates, strict=True)],
+    }
+    cheaper = ratio(cost["HTTP"], cost["offline"], faster_is_more=False)
     rows = [
         ("output tokens/s", spread(offline).show(), spread(rates).show(), left.show(3)),
+        ("CPU time a token, ms", spread(cost["offline"]).show(3), spread(cost["HTTP"]).show(3), cheaper.show(3)),
         ("cores busy", spread(shares["offline"]).show(2), spread(shares["HTTP"]).show(2), ""),
         ("cores of the generator", "", spread(generator).show(3), ""),
     ]
@@ -179,6 +186,8 @@ def _report(
         "offline_tokens_per_second": offline,
         "online": [asdict(found) for found in online],
         "cores_busy": shares,
+        "cpu_ms_a_token": cost,
+        "cpu_share": asdict(cheaper),
         "share": asdict(left),
         "passed": not failed,
     }
