@@ -1,7 +1,6 @@
 import io
 import json
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,17 +9,6 @@ from vattention.server import logs
 from vattention.server.settings import ServerSettings
 
 KEY = "sk-a-key-of-ours"
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("vattention.server", "uvicorn", "py.warnings")]
-    before = [(each.handlers, each.level, each.propagate) for each in loggers]
-    yield
-    logging.captureWarnings(False)
-    for each, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        each.handlers, each.propagate = handlers, propagate
-        each.setLevel(level)
 
 
 def written(kind: str, message: str, level: str = "info", **fields: Any) -> str:

@@ -58,6 +58,8 @@ def _message(place: int, message: ChatMessage) -> dict[str, Any]:
     """A message as chat templates know it."""
     # The developer's word is the newer name of the system's, and templates know the older one.
     turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    if message.content is None and message.role != "assistant":  # which may have called tools and said nothing
+        raise ApiError(400, f"message {place} of role {message.role!r} has no content", param="messages")
     turn["content"] = _text(place, message.content)
     if message.name is not None:
         turn["name"] = message.name

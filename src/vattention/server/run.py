@@ -15,6 +15,7 @@ from functools import partial
 from typing import NoReturn, TypeVar
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vattention.async_llm import AsyncLLM
 from vattention.server import logs
@@ -75,7 +76,7 @@ class _Life:
         self._server = _Server(
             uvicorn.Config(
                 self._front,
-                http="h11",  # the one that is tested, whatever else is installed
+                http=H11Protocol,  # the one that is tested, whatever else is installed
                 ws="none",
                 lifespan="off",  # of the front, which has none; the application's is entered below
                 log_config=None,
@@ -92,6 +93,7 @@ class _Life:
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, self._signalled, each)
         serving = asyncio.create_task(self._server.serve([listener]))
+        sweeping = asyncio.create_task(self._sweep())
         try:
             llm = await self._load()
             try:
@@ -100,7 +102,21 @@ class _Life:
                 await self._end(serving)  # nobody asks a model that has been closed
                 await asyncio.to_thread(llm.close)
         finally:
+            sweeping.cancel()
             await self._end(serving)
+
+    async def _sweep(self) -> None:
+        """Hang up on whoever has had a connection open for `body_timeout` seconds without sending a whole request."""
+        waiting: dict[H11Protocol, float] = {}
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(min(self._settings.body_timeout / 2, 5))
+            open_ = [each for each in self._server.server_state.connections if isinstance(each, H11Protocol)]
+            idle = [each for each in open_ if each.cycle is None or each.cycle.response_complete]
+            waiting = {each: waiting.get(each, clock()) for each in idle}
+            for each, since in waiting.items():
+                if clock() - since > self._settings.body_timeout:
+                    each.transport.abort()
 
     async def _load(self) -> AsyncLLM:
         """The model. A signal meanwhile ends the process: loading cannot be cut short, and nobody has asked yet."""

@@ -52,9 +52,12 @@ class ServerState:
         if asked is None:
             asked = names[0]
         if asked not in names:
+            # A key by mistake is not for the text of an error, and nobody needs to read all of a long name.
+            secret = any(key in asked for key in self.settings.api_keys)
+            shown = "[api key]" if secret else repr(asked[:200])
             raise ApiError(
                 404,
-                f"the model {asked!r} does not exist; served here: {', '.join(names)}",
+                f"the model {shown} does not exist; served here: {', '.join(names)}",
                 param="model",
                 code="model_not_found",
             )
