@@ -12,7 +12,8 @@ ERRORS = [
     *("UnsupportedModel", "InvalidRequest", "ConfigError"),
 ]
 OUTPUTS = ["RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics"]
-PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", *OUTPUTS, "KVCache", "KVLayout", "CacheStats", "VirtualCache", *ERRORS]
+CACHE = ["KVCache", "KVLayout", "CacheStats", "VirtualCache"]
+PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", "StructuredOutput", *OUTPUTS, *CACHE, *ERRORS]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vattention.cache import CacheStats, KVCache, KVLayout
     from vattention.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from vattention.engine.sampling_params import SamplingParams
+    from vattention.engine.structured import StructuredOutput
     from vattention.errors import (
         ConfigError,
         DriverError,
@@ -34,6 +35,7 @@ _HOME = {
     "RequestMetrics": "vattention.engine.outputs",
     "RequestOutput": "vattention.engine.outputs",
     "SamplingParams": "vattention.engine.sampling_params",
+    "StructuredOutput": "vattention.engine.structured",
     "AsyncLLM": "vattention.async_llm",
     "LLM": "vattention.llm",
     "VirtualCache": "vattention.integrations.transformers_cache",
@@ -62,6 +64,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutput",
     "UnsupportedModel",
     "VAttentionError",
     "VirtualCache",
