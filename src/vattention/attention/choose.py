@@ -7,27 +7,31 @@ from collections.abc import Sequence
 
 import torch
 
-from vattention.attention import blocked, cpu_decode, sdpa, varlen
+from vattention.attention import blocked, cpu_decode, cpu_prefill, sdpa, varlen
 from vattention.attention.base import Attend, Features, Segment
 
 
 def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
     """The `Kernel` that picks one for each layer call. What a kernel prepares is made once, if it is used at all.
 
-    Where `cpu_decode` can, it computes the requests with a single row, and the other kernels what remains: on a
-    CPU `blocked`, whose matrix products are faster than torch's attention there, unless rows are few.
+    On a CPU `cpu_decode` computes the requests with a single row, where it can, and `cpu_prefill` the others. What
+    remains is left to `blocked`, whose matrix products are faster than torch's attention there, unless rows are few.
     """
     every = tuple(segments)
     if device.type != "cpu":
         return _elsewhere(every, dtype, device)
     several = tuple(segment for segment in every if segment.rows > 1)
-    single = functools.cache(lambda: cpu_decode.prepare([segment for segment in every if segment.rows == 1]))
+    single_rows = tuple(segment for segment in every if segment.rows == 1)
+    single = functools.cache(lambda: cpu_decode.prepare(single_rows))
     stock = functools.cache(lambda some: sdpa.prepare(some, dtype=dtype, device=device))
     plain = functools.cache(lambda some: blocked.prepare(some, dtype=dtype, device=device))
 
+    longer = functools.cache(lambda: cpu_prefill.prepare(several))
+
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
         alone = len(several) < len(every) and cpu_decode.can(query, keys, values)
-        rest = several if alone else every
+        together = bool(several) and cpu_prefill.can(query, keys, values)
+        rest = (*(() if together else several), *(() if alone else single_rows))
         if not rest:
             out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
         else:
@@ -36,6 +40,8 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
             out = kernel(rest)(query, keys, values, features)
         if alone:
             single()(query, keys, values, features, out)
+        if together:
+            longer()(query, keys, values, features, out)
         return out
 
     return attend
