@@ -9,11 +9,13 @@ import vattention
 
 ERRORS = [
     *("VAttentionError", "OutOfPages", "DriverError", "EngineError"),
-    *("UnsupportedModel", "InvalidRequest", "ConfigError"),
+    *("UnsupportedModel", "InvalidRequest", "PromptTooLong", "ConfigError"),
 ]
 OUTPUTS = ["RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics"]
-CACHE = ["KVCache", "KVLayout", "CacheStats", "VirtualCache"]
-PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", "StructuredOutput", *OUTPUTS, *CACHE, *ERRORS]
+PUBLIC = [
+    *("LLM", "AsyncLLM", "SamplingParams", "StructuredOutput", "RequestOutputKind", *OUTPUTS),
+    *("KVCache", "KVLayout", "CacheStats", "VirtualCache", *ERRORS),
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

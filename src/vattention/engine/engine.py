@@ -9,7 +9,7 @@ from typing import Any
 
 from vattention.cache import Cache
 from vattention.engine.adjustment import Adjuster
-from vattention.engine.answer import request_output, update_text
+from vattention.engine.answer import Seen, request_output, update_text
 from vattention.engine.attempt import attempt
 from vattention.engine.constraint import Constraint
 from vattention.engine.detokenizer import Vocabulary
@@ -21,7 +21,7 @@ from vattention.engine.request import Chunk, Request
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import SamplingParams, whole
 from vattention.engine.scheduler import Scheduler
-from vattention.errors import InvalidRequest
+from vattention.errors import InvalidRequest, PromptTooLong
 
 
 class Engine:
@@ -94,13 +94,13 @@ class Engine:
             raise InvalidRequest("the prompt is empty: give at least one token")
         needed = len(prompt) + 1
         if needed > self._max_model_len:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"a prompt of {len(prompt)} tokens and one more do not fit max_model_len={self._max_model_len}:"
                 " shorten the prompt or raise max_model_len"
             )
         capacity = self._cache.capacity()
         if needed > capacity:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"a prompt of {len(prompt)} tokens and one more can never fit: the KV budget holds {capacity} tokens:"
                 " shorten the prompt or raise kv_cache_memory"
             )
@@ -169,14 +169,25 @@ class Engine:
             self._end(sample)
         return True
 
-    def output(self, request: Request, prompt: str | None = None) -> RequestOutput:
+    def output(self, request: Request, prompt: str | None = None, seen: Seen | None = None) -> RequestOutput:
         """What has come of a request so far, all samples of it.
 
         Args:
             request: what `add_request` returned.
             prompt: the text of its prompt, to be handed through.
+            seen: one object for each reader who wants what is new only: see `request_output`.
         """
-        return request_output(request, self._vocabulary, prompt)
+        return request_output(request, self._vocabulary, prompt, seen)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return self._max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._vocab_size
 
     def step(self) -> list[Request]:
         """One forward pass. Returns what got a token or ended, in no particular order: each sample of a request.

@@ -1,0 +1,7 @@
+"""`/tokenize`, `/detokenize`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter()
