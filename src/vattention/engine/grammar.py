@@ -145,21 +145,37 @@ def _written_out(form: StructuredOutput) -> str:
 
 
 def _rules(form: StructuredOutput) -> str:
-    from llguidance import regex_to_lark
-
     if form.grammar is not None:
         return form.grammar
     if form.regex is not None:
-        return f"start: /{regex_to_lark(form.regex)}/"
+        return f"start: {regex_rule(form.regex)}"
     if form.choice is not None:
-        return f"start: /{regex_to_lark('|'.join(map(_literally, form.choice)))}/"
+        return f"start: {regex_rule('|'.join(map(_literally, form.choice)))}"
+    return f"start: {json_rule(form)}"
+
+
+def regex_rule(regex: str) -> str:
+    """A regular expression as a part of a rule."""
+    from llguidance import regex_to_lark
+
+    return f"/{regex_to_lark(regex)}/"
+
+
+def json_rule(form: StructuredOutput, *, lenient: bool = False) -> str:
+    """A JSON answer as a part of a rule, for grammars with more around it.
+
+    Args:
+        form: of a JSON schema, or of any object.
+        lenient: leave out of account what of the schema cannot be kept to, instead of refusing it.
+    """
     schema = json.loads(form.schema_text)
     own = schema.get("x-guidance")
     # Over what the schema itself says there: no answer may be spaces without end.
     spaces = {"whitespace_pattern": None if form.compact else "[ ]", "whitespace_flexible": False}
     separators = {"item_separator": ",", "key_separator": ":"}
-    schema["x-guidance"] = {**(own if isinstance(own, dict) else {}), **spaces, **separators}
-    return f"start: %json {json.dumps(schema)}"
+    options = {**(own if isinstance(own, dict) else {}), **spaces, **separators}
+    schema["x-guidance"] = options | ({"lenient": True} if lenient else {})
+    return f"%json {json.dumps(schema)}"
 
 
 def _literally(text: str) -> str:

@@ -10,7 +10,7 @@ from vattention.engine.prompts import TokenizedPrompt
 from vattention.server.errors import ApiError
 from vattention.server.protocol.chat import ChatCompletionRequest, ChatMessage, ContentPart, ToolCall
 from vattention.server.state import ServerState
-from vattention.server.tools import template_tools
+from vattention.server.tools.request import ToolUse
 
 _NOT_FOR_TEMPLATES = frozenset(
     {
@@ -37,15 +37,18 @@ _NOT_FOR_TEMPLATES = frozenset(
 """What `apply_chat_template` takes for itself: a client's `chat_template_kwargs` are for the template alone."""
 
 
-async def conversation(state: ServerState, body: ChatCompletionRequest) -> TokenizedPrompt:
-    """The prompt of a conversation. Raises ApiError, 400, and InvalidRequest where the template refuses it."""
+async def conversation(state: ServerState, body: ChatCompletionRequest, use: ToolUse | None) -> TokenizedPrompt:
+    """The prompt of a conversation in which tools may be of use.
+
+    Raises:
+        ApiError: 400. InvalidRequest: the template refuses it.
+    """
     options = dict(body.chat_template_kwargs or {})
     taken = _NOT_FOR_TEMPLATES & options.keys()
     if taken:
         raise ApiError(400, f"chat_template_kwargs cannot set {', '.join(sorted(taken))}", param="chat_template_kwargs")
-    tools = template_tools(body)
-    if tools is not None:
-        options["tools"] = tools
+    if use is not None:
+        options["tools"] = use.for_template
     return await state.llm.tokenize_chat(
         [_message(place, message) for place, message in enumerate(body.messages)],
         chat_template=state.settings.chat_template,
