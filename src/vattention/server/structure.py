@@ -71,4 +71,6 @@ def _of_format(asked: ResponseFormat) -> StructuredOutput | None:
     if asked.type == "regex":
         return StructuredOutput(regex=given)
     schema = given.schema_
+    if schema is False:
+        raise InvalidRequest("a schema of false allows no answer")
     return StructuredOutput(json_schema={} if schema is True else schema)

@@ -57,7 +57,8 @@ class ToolReader:
     """Finds calls. However the text is cut into pieces, what is said of it, put together, is the same.
 
     What does not come to be a call of one of the tools is content, as it was written. Once the name and the beginning
-    of its arguments have come, a call is one, though it may be cut off or go wrong from there.
+    of its arguments have come, a call is one, though it may be cut off or go wrong from there. After a call, what was
+    cut off before it came to be the next is left out.
 
     Args:
         style: how the model writes calls.
@@ -113,7 +114,9 @@ class ToolReader:
             return True
         if last:
             text = self._take(len(self._text))
-            self._say(text if text.strip() or not self._count else "")
+            if self._count:
+                text = text[: len(text) - beginning_of_stop(text, [begin])].rstrip()
+            self._say(text)
         elif begin:
             # White space before a call is no content.
             known = self._text[: len(self._text) - beginning_of_stop(self._text, [begin])]
@@ -135,6 +138,9 @@ class ToolReader:
             return True
         if end and text.startswith(end):
             self._raw += self._take(len(end))
+        elif self._count and end.startswith(text):  # cut off
+            self._take(len(text))
+            self._called = True
         self._no_more_calls()
         return True
 
@@ -142,11 +148,11 @@ class ToolReader:
         """Inside of a call."""
         call = self._call
         self._text = call.take(self._text)
-        if call.name is None and not call.ended and not last:
-            return False
         if call.name not in self._names:
+            if not call.ended and not last:
+                return False
             self._raw += call.text
-            self._called = False
+            self._called = bool(self._count and last and not call.ended)
             self._no_more_calls()
             return True
         self._raw, self._called = "", True
