@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+_HEADERS = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w", f"-I{_HEADERS}")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
 
@@ -41,11 +42,13 @@ def load(source: Path, **macros: object) -> ctypes.CDLL | None:
 
 def readable(*tensors: torch.Tensor) -> bool:
     """Whether a kernel may read these: on the CPU, of one dtype, their last dimension dense, none to be trained."""
-    return (
-        not torch.compiler.is_compiling()  # which cannot look into a library; stock operators it can
-        and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype and x.stride(-1) == 1 for x in tensors)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-    )
+    dtype = tensors[0].dtype
+    for x in tensors:  # a loop, as every layer of every pass comes through here
+        if not x.is_cpu or x.dtype != dtype or x.stride(-1) != 1:
+            return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return not torch.compiler.is_compiling()  # which cannot look into a library; stock operators it can
 
 
 @functools.cache
@@ -106,7 +109,7 @@ def _cache() -> Path:
 def _fingerprint(source: Path, command: tuple[str, ...]) -> str:
     """Of everything that decides what the library holds, and whether it runs here."""
     compiler = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
-    headers = (header.read_bytes() for header in sorted(source.parent.glob("*.h")))
+    headers = (header.read_bytes() for folder in (_HEADERS, source.parent) for header in sorted(folder.glob("*.h")))
     parts = (source.read_bytes(), *headers, *(part.encode() for part in command), compiler, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
