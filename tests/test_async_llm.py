@@ -758,3 +758,31 @@ def test_options_are_those_of_llm(tiny: LoadedModel) -> None:
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
     assert set(threading.enumerate()) <= before
+
+
+def test_a_snapshot_shows_who_runs_while_they_do(llm: AsyncLLM) -> None:
+    async def main() -> None:
+        outputs = llm.generate("Hello", ENDLESS, "mine")
+        first = await anext(outputs)
+        snapshot = await llm.snapshot()
+        (running,) = snapshot.running
+        assert running.request_id == "mine"
+        assert running.output_tokens >= len(first.outputs[0].token_ids)
+        assert snapshot.slots[running.slot].live
+        assert snapshot.totals.generated_tokens == running.output_tokens
+        await outputs.aclose()
+        snapshot = await llm.snapshot()
+        assert snapshot.running == ()
+        assert snapshot.totals.ended["abort"] == 1
+
+    run(main())
+
+
+def test_a_closed_one_has_no_snapshot(small: LoadedModel) -> None:
+    async def main() -> None:
+        async with open_llm(small) as llm:
+            assert (await llm.snapshot()).num_running == 0
+        with pytest.raises(InvalidRequest):
+            await llm.snapshot()
+
+    run(main())

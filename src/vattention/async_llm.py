@@ -18,6 +18,7 @@ from vattention.engine.opening import LLMOptions, Model, open_engine
 from vattention.engine.outputs import RequestOutput
 from vattention.engine.prompts import Prompt, TokenizedPrompt, tokenize, tokenize_chat
 from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
+from vattention.engine.snapshot import Snapshot
 
 _UNREAD = 64
 """Deltas that are kept apart for a reader that does not come; more are made one."""
@@ -65,6 +66,11 @@ class AsyncLLM:
     def max_model_len(self) -> int:
         """Tokens of the longest request, prompt and output."""
         return self._engine.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests computed at once."""
+        return self._cache.layout.max_num_seqs
 
     @property
     def vocab_size(self) -> int:
@@ -172,6 +178,16 @@ class AsyncLLM:
     def stats(self) -> CacheStats:
         """Bytes, pages and driver calls of the KV cache. Raises InvalidRequest once closed."""
         return self._cache.stats()
+
+    async def snapshot(self) -> Snapshot:
+        """Who waits and runs, the slots, the memory, and what was done so far, between two steps of the engine.
+
+        It waits for the forward pass under way, and takes far less time than one.
+
+        Raises:
+            InvalidRequest: closed. EngineError: the engine has stopped.
+        """
+        return await asyncio.wrap_future(self._loop.call(self._engine.snapshot))
 
     def close(self) -> None:
         """End every request with an EngineError for its reader, and give the memory of the KV cache back. Idempotent.

@@ -21,6 +21,8 @@ from vattention.engine.request import Chunk, Request
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import SamplingParams, whole
 from vattention.engine.scheduler import Scheduler
+from vattention.engine.snapshot import Snapshot, take_snapshot
+from vattention.engine.tally import Tally
 from vattention.errors import InvalidRequest, PromptTooLong
 
 
@@ -67,6 +69,7 @@ class Engine:
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self._grammars = Grammars(tokenizer, vocab_size, self._eos_token_ids)
         self._added = 0
+        self._tally = Tally()
         self._requests: dict[str, Request] = {}
 
     @property
@@ -189,6 +192,10 @@ class Engine:
         """Token ids are below it."""
         return self._vocab_size
 
+    def snapshot(self) -> Snapshot:
+        """Who waits and runs, the slots, the memory, and what was done so far. Cheap, and changes nothing."""
+        return take_snapshot(self.scheduler, self._cache, self._tally)
+
     def step(self) -> list[Request]:
         """One forward pass. Returns what got a token or ended, in no particular order: each sample of a request.
 
@@ -251,6 +258,7 @@ class Engine:
 
     def _note(self, chunks: Sequence[Chunk], reading: Reading) -> None:
         """Hand new tokens out, and see who is done. What fails here fails for one request alone."""
+        self._tally.passed(chunks)
         for chunk, score in zip(chunks, reading.scores, strict=True):
             chunk.request.computed = chunk.end
             chunk.request.suspect &= not chunk.samples
@@ -277,6 +285,7 @@ class Engine:
         sample.output_token_ids.append(new.token)
         sample.scheduled = sample.scheduled or sample.family[0].scheduled  # its first pass was the leader's
         sample.token_times.append(now)
+        self._tally.token(sample)
         if new.logprobs is not None:
             sample.logprobs.append(new.logprobs)
         self._see_whether_it_ends(sample, new.token)
@@ -326,6 +335,6 @@ class Engine:
     def _end(self, sample: Request) -> None:
         """Be done with a sample, giving its slot back. One that has not finished is aborted."""
         sample.finish_reason = sample.finish_reason or "abort"
-        if sample.all_finished:
-            self._requests.pop(sample.request_id, None)
+        if sample.all_finished and self._requests.pop(sample.request_id, None) is not None:
+            self._tally.over(sample.family[0])
         self.scheduler.release(sample)

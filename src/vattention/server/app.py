@@ -13,7 +13,9 @@ from fastapi.openapi.utils import get_openapi
 
 from vattention.async_llm import AsyncLLM
 from vattention.errors import VAttentionError
+from vattention.server.admission import Admission
 from vattention.server.errors import add_error_handlers
+from vattention.server.middleware import guards
 from vattention.server.routes import ROUTERS
 from vattention.server.settings import ServerSettings
 from vattention.server.state import ServerState
@@ -24,11 +26,10 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
 
     Where other parts attach:
 
-    - middlewares (keys, body size, request ids, access log) are plain ASGI classes, added here with
-      `app.add_middleware`; the last one added is the outermost. Starlette's BaseHTTPMiddleware would hide
-      disconnects from the routes.
+    - `middleware`: keys, admission, deadlines, body size, request ids, access log. Plain ASGI classes: Starlette's
+      BaseHTTPMiddleware would hide disconnects from the routes.
     - `/metrics` and `/dashboard`: `add_metrics(app, llm, ...)` and `add_dashboard(app, llm, ...)`, called here.
-    - grammars and tool calls: `structure.py` and `tools.py`, called by the routes.
+    - grammars and tool calls: `structure.py` and `tools/`, called by the routes.
     - what is counted or limited for each request that generates: `generation.py`, the one door to the engine.
     - `ServerState`, at `app.state.server`: `warm`, and `draining`, to be set when the server is told to end.
 
@@ -37,12 +38,14 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
             application starts; `/health` says 503 until that is done.
         settings: what the server was told.
     """
-    state = ServerState(llm=llm, settings=settings)
+    admission = Admission(at_once=llm.max_num_seqs, queue=settings.max_queue)
+    state = ServerState(llm=llm, settings=settings, admission=admission)
     app = FastAPI(
         title="vattention",
         version=version("vattention"),
         description="An OpenAI-compatible endpoint.",
         lifespan=_lifespan,
+        middleware=guards(settings, admission=admission, draining=lambda: state.draining),
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,

@@ -10,7 +10,7 @@ from vattention.engine.prompts import TokenizedPrompt
 from vattention.server.errors import ApiError
 from vattention.server.protocol.chat import ChatCompletionRequest, ChatMessage, ContentPart, ToolCall
 from vattention.server.state import ServerState
-from vattention.server.tools.request import ToolUse
+from vattention.server.tools.request import tool_use
 
 _NOT_FOR_TEMPLATES = frozenset(
     {
@@ -37,16 +37,13 @@ _NOT_FOR_TEMPLATES = frozenset(
 """What `apply_chat_template` takes for itself: a client's `chat_template_kwargs` are for the template alone."""
 
 
-async def conversation(state: ServerState, body: ChatCompletionRequest, use: ToolUse | None) -> TokenizedPrompt:
-    """The prompt of a conversation in which tools may be of use.
-
-    Raises:
-        ApiError: 400. InvalidRequest: the template refuses it.
-    """
+async def conversation(state: ServerState, body: ChatCompletionRequest) -> TokenizedPrompt:
+    """The prompt of a conversation. Raises ApiError, 400, and InvalidRequest where the template refuses it."""
     options = dict(body.chat_template_kwargs or {})
     taken = _NOT_FOR_TEMPLATES & options.keys()
     if taken:
         raise ApiError(400, f"chat_template_kwargs cannot set {', '.join(sorted(taken))}", param="chat_template_kwargs")
+    use = tool_use(state, body)
     if use is not None:
         options["tools"] = use.for_template
     return await state.llm.tokenize_chat(
@@ -61,6 +58,8 @@ def _message(place: int, message: ChatMessage) -> dict[str, Any]:
     """A message as chat templates know it."""
     # The developer's word is the newer name of the system's, and templates know the older one.
     turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    if message.content is None and message.role != "assistant":  # which may have called tools and said nothing
+        raise ApiError(400, f"message {place} of role {message.role!r} has no content", param="messages")
     turn["content"] = _text(place, message.content)
     if message.name is not None:
         turn["name"] = message.name

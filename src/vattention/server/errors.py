@@ -12,13 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vattention.errors import EngineError, InvalidRequest, OutOfPages
+from vattention.server.admission import Overloaded
 from vattention.server.strict_json import JsonResponse
 
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
+    504: "timeout_error",
 }
 """The `type` of an error by its status; else "invalid_request_error" below 500 and "server_error" from there."""
 
@@ -67,6 +70,9 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, InvalidRequest):
         return ApiError(400, str(error))
+    if isinstance(error, Overloaded):
+        message = f"the queue of this server is full: try again in {error.retry_after} s"
+        return ApiError(429, message, code="queue_full", headers={"retry-after": str(error.retry_after)})
     if isinstance(error, RecursionError):
         return ApiError(400, "the request is nested too deeply")
     if isinstance(error, OutOfPages):
@@ -85,6 +91,7 @@ def add_error_handlers(app: FastAPI) -> None:
     for kind in (ApiError, RequestValidationError, HTTPException, InvalidRequest, RecursionError, EngineError):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(OutOfPages, handle)
+    app.add_exception_handler(Overloaded, handle)
     # Anything else is a bug: the client is told 500, and the error goes on to the server's log.
     app.add_exception_handler(Exception, handle)
 

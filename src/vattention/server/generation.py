@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vattention.engine.outputs import RequestOutput
 from vattention.engine.sampling_params import SamplingParams
+from vattention.server.middleware import current_record
 from vattention.server.state import ServerState
 
 
@@ -69,9 +70,17 @@ async def deltas(state: ServerState, jobs: Sequence[Job]) -> AsyncGenerator[tupl
             await _cancel(list(next_of))
 
 
-def _outputs(state: ServerState, job: Job) -> AsyncGenerator[RequestOutput, None]:
+async def _outputs(state: ServerState, job: Job) -> AsyncGenerator[RequestOutput, None]:
+    record = current_record()
+    record.prompt_tokens += len(job.token_ids)
     prompt = {"prompt_token_ids": job.token_ids}
-    return state.llm.generate(prompt, job.params, job.request_id, priority=job.priority)
+    async with aclosing(state.llm.generate(prompt, job.params, job.request_id, priority=job.priority)) as outputs:
+        async for output in outputs:
+            for each in output.outputs:
+                record.completion_tokens += len(each.token_ids)
+                if each.finish_reason is not None:
+                    record.finish.append(each.finish_reason)
+            yield output
 
 
 async def _cancel(tasks: Collection[asyncio.Future[RequestOutput]]) -> None:

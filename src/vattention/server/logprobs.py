@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vattention.engine.outputs import Logprob
@@ -11,7 +11,9 @@ Scored = tuple[int, Mapping[int, Logprob] | None]
 """A token, and what is known about its place: of the first token of a prompt, nothing."""
 
 
-def completion_logprobs(tokens: Iterable[Scored], top: int, offset: int, *, as_ids: bool) -> dict[str, Any]:
+def completion_logprobs(
+    tokens: Iterable[Scored], top: int, offset: int, *, as_ids: bool, text_of: Callable[[int], str]
+) -> dict[str, Any]:
     """The shape of `/v1/completions`: a list for each column.
 
     Args:
@@ -19,6 +21,7 @@ def completion_logprobs(tokens: Iterable[Scored], top: int, offset: int, *, as_i
         top: how many of the most likely tokens to name.
         offset: characters before the first token. What a token adds is counted as the length of its own text.
         as_ids: name tokens "token_id:123", which is never ambiguous.
+        text_of: the text of a token of which nothing is known.
     """
     names: list[str] = []
     chosen: list[float | None] = []
@@ -26,7 +29,7 @@ def completion_logprobs(tokens: Iterable[Scored], top: int, offset: int, *, as_i
     offsets: list[int] = []
     for token, entry in tokens:
         mine = None if entry is None else entry[token]
-        text = "" if mine is None or mine.decoded_token is None else mine.decoded_token
+        text = text_of(token) if mine is None else mine.decoded_token or ""
         names.append(_name(token, text, as_ids=as_ids))
         chosen.append(None if mine is None else mine.logprob)
         tops.append(None if entry is None else _column(entry, top, as_ids=as_ids))

@@ -6,6 +6,7 @@ from typing import Any
 
 from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
 from vattention.errors import InvalidRequest
+from vattention.server.admission import hold
 from vattention.server.errors import ApiError
 from vattention.server.protocol.sampling import SamplingFields
 from vattention.server.state import ServerState
@@ -79,7 +80,11 @@ def answer_limit(state: ServerState, prompt_tokens: int, asked: int | None, para
 
 
 def check_samples(state: ServerState, prompts: int, samples: int) -> None:
-    """Refuse a request that is several too many. Raises ApiError, 400."""
+    """Refuse a request that is several too many, and take the places of one that is not.
+
+    Raises:
+        ApiError: 400. Overloaded: there is no room for it now.
+    """
     most = state.settings.max_samples
     if prompts * samples > most:
         raise ApiError(
@@ -87,3 +92,4 @@ def check_samples(state: ServerState, prompts: int, samples: int) -> None:
             f"{prompts} prompts with {samples} answers each are more than this server's {most} answers a request",
             param="prompt" if prompts > most else "n",
         )
+    hold(prompts * samples)

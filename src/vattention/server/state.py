@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from starlette.requests import HTTPConnection
 
 from vattention.async_llm import AsyncLLM
+from vattention.server.admission import Admission
 from vattention.server.errors import ApiError
+from vattention.server.middleware import current_record
 from vattention.server.settings import ServerSettings
 
 
@@ -19,6 +21,7 @@ class ServerState:
     Attributes:
         llm: the model.
         settings: what the server was told.
+        admission: who may come in; the middlewares keep it.
         created: seconds since the epoch at its start.
         warm: everything that is made ready on first use is ready.
         draining: the server ends once the answers under way have; `/ready` says so. Set it on SIGTERM.
@@ -26,6 +29,7 @@ class ServerState:
 
     llm: AsyncLLM
     settings: ServerSettings
+    admission: Admission
     created: int = field(default_factory=lambda: int(time.time()))
     warm: bool = False
     draining: bool = False
@@ -46,14 +50,18 @@ class ServerState:
         """
         names = self.settings.served_model_names
         if asked is None:
-            return names[0]
+            asked = names[0]
         if asked not in names:
+            # A key by mistake is not for the text of an error, and nobody needs to read all of a long name.
+            secret = any(key in asked for key in self.settings.api_keys)
+            shown = "[api key]" if secret else repr(asked[:200])
             raise ApiError(
                 404,
-                f"the model {asked!r} does not exist; served here: {', '.join(names)}",
+                f"the model {shown} does not exist; served here: {', '.join(names)}",
                 param="model",
                 code="model_not_found",
             )
+        current_record().model = asked
         return asked
 
 

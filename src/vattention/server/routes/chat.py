@@ -46,10 +46,12 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     return await whole(request, _answer(state, body, head))
 
 
-async def _job(state: ServerState, body: ChatCompletionRequest, name: str) -> Job:
+async def chat_job(state: ServerState, body: ChatCompletionRequest, name: str, param: str | None = None) -> Job:
+    """What the engine is asked to do. `param`: what the client calls the limit. Raises ApiError, InvalidRequest."""
     use = tool_use(state, body)
-    prompt = await conversation(state, body, use)
-    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    prompt = await conversation(state, body)
+    if param is None:
+        param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = sampling_params(
         body,
@@ -63,7 +65,7 @@ async def _job(state: ServerState, body: ChatCompletionRequest, name: str) -> Jo
 
 
 async def _answer(state: ServerState, body: ChatCompletionRequest, head: dict[str, Any]) -> Response:
-    (output,) = await answers(state, [await _job(state, body, head["id"])])
+    (output,) = await answers(state, [await chat_job(state, body, head["id"])])
     usage = UsageCount(len(output.prompt_token_ids), sum(len(each.token_ids) for each in output.outputs))
     answer = {
         **head,
@@ -110,7 +112,7 @@ def _rest(body: ChatCompletionRequest, completion: CompletionOutput, *, called: 
 
 async def _stream(state: ServerState, body: ChatCompletionRequest, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     """A chunk with the role for each sample, its deltas, the last with its finish_reason; the usage; the end."""
-    job = await _job(state, body, head["id"])
+    job = await chat_job(state, body, head["id"])
     head["object"] = "chat.completion.chunk"
     usage = UsageCount(len(job.token_ids))
     readers: dict[int, AnswerReader] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from vattention.server.state import ServerState, state_of
 from vattention.server.streaming import DONE, EventStream, event, whole
 from vattention.server.strict_json import JsonResponse, StrictRoute
 from vattention.server.structure import structured
+from vattention.server.text import text_of
 from vattention.server.usage import UsageCount, usage_at_end, usage_in_chunks
 
 router = APIRouter(route_class=StrictRoute)
@@ -61,7 +62,7 @@ def _check(body: CompletionRequest) -> None:
 
 def _prompts(given: Any) -> list[dict[str, Any]]:
     """Each prompt as `AsyncLLM` takes it."""
-    several = isinstance(given, list) and (not given or not isinstance(given[0], int))
+    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
     return [
         {"prompt": each} if isinstance(each, str) else {"prompt_token_ids": each}
         for each in (given if several else [given])
@@ -70,17 +71,22 @@ def _prompts(given: Any) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Work:
-    """A prompt on its way: the text to repeat in front of its answers, and its job."""
+    """A prompt on its way: the text to repeat in front of its answers, its job, and the text of a token."""
 
     echo: str
     job: Job
+    text_of: Callable[[int], str]
 
 
 async def _work(state: ServerState, body: CompletionRequest, prompts: Sequence[Any], name: str) -> list[_Work]:
     special = body.add_special_tokens is not False
     tokenized = [await state.llm.tokenize(prompt, add_special_tokens=special) for prompt in prompts]
     return [
-        _Work(_echo(state, body, prompt), Job(f"{name}-{place}", prompt.token_ids, params, body.priority or 0))
+        _Work(
+            _echo(state, body, prompt),
+            Job(f"{name}-{place}", prompt.token_ids, params, body.priority or 0),
+            lambda token: text_of(state.llm.tokenizer, [token]),
+        )
         for place, prompt in enumerate(tokenized)
         for params in [_params(state, body, len(prompt.token_ids))]
     ]
@@ -106,7 +112,7 @@ def _echo(state: ServerState, body: CompletionRequest, prompt: TokenizedPrompt) 
         return ""
     if prompt.text is not None:
         return prompt.text
-    return "" if state.llm.tokenizer is None else state.llm.tokenizer.decode(list(prompt.token_ids))
+    return text_of(state.llm.tokenizer, prompt.token_ids)
 
 
 async def _answer(
@@ -157,7 +163,9 @@ def _piece(
         tokens: list[Scored] = list(zip(token_ids, scored, strict=True))
         if first and body.echo:
             tokens = [*zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True), *tokens]
-        logprobs = completion_logprobs(tokens, body.logprobs, offset, as_ids=bool(body.return_tokens_as_token_ids))
+        logprobs = completion_logprobs(
+            tokens, body.logprobs, offset, as_ids=bool(body.return_tokens_as_token_ids), text_of=item.text_of
+        )
     piece: dict[str, Any] = {
         "text": item.echo + text if first else text,
         "logprobs": logprobs,
