@@ -1,5 +1,6 @@
 """From `response_format` and tools to the form of an answer, and what is refused."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from vattention.server.errors import ApiError
 from vattention.server.protocol.chat import ChatCompletionRequest
 from vattention.server.protocol.completions import CompletionRequest
 from vattention.server.settings import ServerSettings
-from vattention.server.state import ServerState
 from vattention.server.structure import structured
 from vattention.server.tools.request import ToolUse, tool_use
 
@@ -33,9 +33,9 @@ class Model:
         self.tokenizer.chat_template = template
 
 
-def state_with(template: Any, given: str | None = None) -> ServerState:
+def state_with(template: Any, given: str | None = None) -> Any:
     settings = ServerSettings(served_model_names=("m",), chat_template=given)
-    return ServerState(llm=Model(template), settings=settings)  # type: ignore[arg-type]
+    return SimpleNamespace(llm=Model(template), settings=settings)
 
 
 def asked(**fields: Any) -> ChatCompletionRequest:
