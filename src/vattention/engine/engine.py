@@ -227,20 +227,20 @@ class Engine:
         return moved
 
     def warmup(self) -> None:
-        """Whatever is made ready on first use, made ready: what is being compiled, and a small forward pass.
+        """Whatever is made ready on first use, made ready: what is being compiled, graphs, and a small forward pass.
 
         Raises:
             InvalidRequest: requests are under way.
         """
         if self._requests:
             raise InvalidRequest("warm up before requests are added")
-        self._runner.wait()
         request = Request("warmup", (0, 0), SamplingParams(), seed=0)
         slot = self._cache.alloc()
         if slot is None:
             raise InvalidRequest("no slot is free: somebody else uses this engine's cache")
         try:
             self._cache.step({slot: request.num_tokens})
+            self._runner.capture(slot)
             self._runner.forward([Chunk(request, slot, 0, request.num_tokens)])
         finally:
             self._cache.free(slot)
