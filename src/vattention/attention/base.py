@@ -150,7 +150,7 @@ class AttentionBatch:
             singles=singles,
             single_slots=slots,
             single_positions=positions,
-            places=None if table is None else _places(segments, table, keys.shape[1]),
+            places=None if table is None else _places(segments, table, keys.shape[1]).to(keys.device),
         )
 
     @classmethod

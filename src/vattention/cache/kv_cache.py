@@ -20,7 +20,7 @@ from vattention.cache.layout import KVLayout
 from vattention.cache.moving import apply_moves, plan_moves
 from vattention.cache.opening import integer, open_pool
 from vattention.cache.room import WATERMARK, Room
-from vattention.cache.stats import CacheStats
+from vattention.cache.stats import CacheStats, SlotStats
 from vattention.errors import DriverError, InvalidRequest, OutOfPages
 from vattention.memory import CudaDriver, Driver, PagePool
 
@@ -38,8 +38,8 @@ class KVCache:
     >>> cache.free(slot)
 
     Between two steps of a slot, tokens at or past the length it had before the later step may be written, and tokens
-    below its length may be read. `stats` may be called from any thread at any time. Everything else belongs to one
-    owner; calls from several threads are safe but wait for each other, and join growth in the background first.
+    below its length may be read. `stats` and `slots` may be called from any thread at any time. Everything else belongs
+    to one owner; calls from several threads are safe but wait for each other, and join growth in the background first.
 
     Args:
         layout: the geometry.
@@ -446,6 +446,21 @@ class KVCache:
                 driver_calls=dict(self.pool.meter.calls),
                 driver_seconds=self.pool.meter.seconds,
                 prefetch_failures=self._prefetch_failures,
+            )
+
+    def slots(self) -> tuple[SlotStats, ...]:
+        """Every slot at one moment, by number. Safe from any thread."""
+        self._check_open()
+        with self.pool.lock:
+            return tuple(
+                SlotStats(
+                    live=slot.live,
+                    tokens=slot.length,
+                    mapped=slot.pages * self.pool.page_size,
+                    needed=slot.tokens * self.layout.bytes_per_token,
+                    shared=self._backing.shared_pages(number) * self.pool.page_size,
+                )
+                for number, slot in enumerate(self._slots)
             )
 
     def close(self) -> None:
