@@ -11,12 +11,14 @@ with masks and transformers' own caches, is in `attention.generate`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from vattention.attention import cpu_write
 from vattention.attention.placing import place
 from vattention.errors import InvalidRequest, UnsupportedModel
 
@@ -157,14 +159,35 @@ class AttentionBatch:
         rows = plan.rows
         return cls((), layers, plan.attend, len(rows), rows.single_slots, rows.single_positions)
 
+    @functools.cached_property
+    def _where(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot and the position of each row, `[rows]` int64; in a paged cache its block, and the place there."""
+        if self.places is not None:
+            size = self.layers[0][0].shape[1]
+            return self.places // size, self.places % size
+        if not self.segments:  # those of a plan
+            return self.single_slots, self.single_positions
+        return place(
+            (
+                [s.slot for s in self.segments for _ in range(s.rows)],
+                [position for s in self.segments for position in range(s.cached, s.length)],
+            ),
+            torch.device("cpu"),
+        )  # type: ignore[return-value]
+
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, `[kv_heads, rows, width]` each, where they belong.
 
-        Single rows (decodes) go in one indexed write, a call a request would cost more than the bytes; longer
-        segments are one strided copy each, which is several times faster than an indexed write of many rows.
+        On a CPU a kernel of our own does it in one call. By torch, single rows (decodes) go in one indexed write, a
+        call a request would cost more than the bytes; longer segments are one strided copy each, which is several times
+        faster than an indexed write of many rows.
         """
         self._written.add(layer)
-        for cache, new in zip(self.layers[layer], (key, value), strict=True):
+        keys, values = self.layers[layer]
+        if cpu_write.can(key, keys) and cpu_write.can(value, values):
+            cpu_write.write(*self._where, key, value, keys, values)
+            return
+        for cache, new in ((keys, key), (values, value)):
             by_row = new.transpose(0, 1)
             if self.places is not None:
                 cache.flatten(0, 1).index_copy_(0, self.places, by_row)

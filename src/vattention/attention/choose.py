@@ -1,8 +1,9 @@
 """Which kernel computes a layer.
 
 "auto", the default, asks in order of speed, layer by layer:
-- on a CPU: requests with a single row go to `cpu_decode`, the others to `blocked`, whose matrix products are faster
-  than torch's attention there, unless rows are few; then to `sdpa`;
+- on a CPU: requests with a single row go to `cpu_decode`, where it can, and the others to `cpu_prefill`. What remains
+  is left to `blocked`, whose matrix products are faster than torch's attention there, unless rows are few; then to
+  `sdpa`;
 - on a GPU: "flash", torch's own FlashAttention, for everything in half precision but soft caps; "flex" for those, for
   float32, and for V of another width than K; "blocked" where FlexAttention cannot be compiled.
 
@@ -22,7 +23,7 @@ from functools import partial
 
 import torch
 
-from vattention.attention import blocked, cpu_decode, flash_attn, flashinfer, flex, sdpa, varlen
+from vattention.attention import blocked, cpu_decode, cpu_prefill, flash_attn, flashinfer, flex, sdpa, varlen
 from vattention.attention.base import Attend, Features, Kernel, Segment
 from vattention.attention.decode_plan import DecodePlan, DecodeRows
 from vattention.attention.family import Family
@@ -122,13 +123,17 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
     if device.type != "cpu":
         return _elsewhere(every, dtype, device)
     several = tuple(segment for segment in every if segment.rows > 1)
-    single = functools.cache(lambda: cpu_decode.prepare([segment for segment in every if segment.rows == 1]))
+    single_rows = tuple(segment for segment in every if segment.rows == 1)
+    single = functools.cache(lambda: cpu_decode.prepare(single_rows))
     stock = functools.cache(lambda some: sdpa.prepare(some, dtype=dtype, device=device))
     plain = functools.cache(lambda some: blocked.prepare(some, dtype=dtype, device=device))
 
+    longer = functools.cache(lambda: cpu_prefill.prepare(several))
+
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
         alone = len(several) < len(every) and cpu_decode.can(query, keys, values)
-        rest = several if alone else every
+        together = bool(several) and cpu_prefill.can(query, keys, values)
+        rest = (*(() if together else several), *(() if alone else single_rows))
         if not rest:
             out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
         else:
@@ -137,6 +142,8 @@ def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.de
             out = kernel(rest)(query, keys, values, features)
         if alone:
             single()(query, keys, values, features, out)
+        if together:
+            longer()(query, keys, values, features, out)
         return out
 
     return attend

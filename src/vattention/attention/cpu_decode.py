@@ -73,12 +73,9 @@ def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, paged:
 
     `paged` as for `decode` with a table. The first time this compiles the kernel, or finds that it cannot be compiled.
     """
-    tensors = (query, keys, values)
     return (
         query.dtype in _NUMBERS
-        and not torch.compiler.is_compiling()  # which cannot look into a library; stock attention it can
-        and all(x.device.type == "cpu" and x.dtype == query.dtype and x.stride(-1) == 1 for x in tensors)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and native.readable(query, keys, values)
         and _library(query.dtype, keys.shape[-1], values.shape[-1], paged) is not None
     )
 

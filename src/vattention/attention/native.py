@@ -23,7 +23,10 @@ import threading
 import warnings
 from pathlib import Path
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+import torch
+
+_HEADERS = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w", f"-I{_HEADERS}")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
 
@@ -35,6 +38,15 @@ def load(source: Path, **macros: object) -> ctypes.CDLL | None:
     """The library compiled from `source` with these macros defined; None, after the one warning, if there is none."""
     with _lock:
         return _load(source, tuple(f"-D{name}={value}" for name, value in sorted(macros.items())))
+
+
+def readable(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel may read these: on the CPU, of one dtype, their last dimension dense, none to be trained."""
+    return (
+        not torch.compiler.is_compiling()  # which cannot look into a library; stock operators it can
+        and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype and x.stride(-1) == 1 for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
 
 
 @functools.cache
@@ -95,7 +107,8 @@ def _cache() -> Path:
 def _fingerprint(source: Path, command: tuple[str, ...]) -> str:
     """Of everything that decides what the library holds, and whether it runs here."""
     compiler = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
-    parts = (source.read_bytes(), *(part.encode() for part in command), compiler, _processor().encode())
+    headers = (header.read_bytes() for folder in (_HEADERS, source.parent) for header in sorted(folder.glob("*.h")))
+    parts = (source.read_bytes(), *headers, *(part.encode() for part in command), compiler, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

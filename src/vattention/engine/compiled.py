@@ -19,7 +19,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,13 @@ from torch import nn
 from vattention.attention import native, operator
 from vattention.attention.base import LAYER, NAME, AttentionBatch
 from vattention.engine.linears import can_pack, merge_linears, run_packed
+from vattention.engine.shortcut import Shortcut, watchable
 
 _ROWS = (8, 1)
 """What is compiled ahead: passes of several rows, and of one."""
+
+_WATCHED_ROWS = (1013, 1019, 1, 1)
+"""Passes that are watched, two of each kind: so many rows that no other number of a model is the same."""
 
 
 class CompiledModel:
@@ -108,16 +112,26 @@ class CompiledModel:
             for part in (part for layer in layers for part in _attentions(layer)):
                 setattr(part, LAYER, torch.tensor(part.layer_idx))
             run = _compile()
+            shortcuts = [Shortcut(layer, run) for layer in layers]
             for layer in layers:
                 self._divert(layer, functools.partial(run, layer))
             head = model.get_output_embeddings()  # type: ignore[operator]
             if type(head) is nn.Linear and can_pack(head.weight):
                 self._divert(head, functools.partial(run_packed, head))
             device = next(model.parameters()).device
-            for rows in _ROWS:
-                numbers = torch.zeros((1, rows), dtype=torch.int64, device=device)
-                keep = torch.zeros(1, dtype=torch.int64, device=device)
-                self._forward(model, None, input_ids=numbers, position_ids=numbers, logits_to_keep=keep)
+
+            def go(passes: Sequence[int]) -> None:
+                for rows in passes:
+                    numbers = torch.zeros((1, rows), dtype=torch.int64, device=device)
+                    keep = torch.zeros(1, dtype=torch.int64, device=device)
+                    self._forward(model, None, input_ids=numbers, position_ids=numbers, logits_to_keep=keep)
+
+            go(_ROWS)
+            for layer, shortcut in zip(layers, shortcuts, strict=True):
+                self._divert(layer, shortcut.watch)
+            go(_WATCHED_ROWS)
+            for layer, shortcut in zip(layers, shortcuts, strict=True):
+                self._divert(layer, shortcut)
         except Exception as error:  # noqa: BLE001 (a compiler is many libraries; all of them leave eager passes)
             self._failure = error
 
@@ -175,7 +189,7 @@ def _compile() -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx  # takes seconds to import
 
         merge_linears(graph)
-        return compile_fx(graph, inputs)
+        return watchable(compile_fx(graph, inputs))
 
     # Dynamo keeps graphs by code object, and gives up after a few: models must not share one.
     run.__code__ = run.__code__.replace()

@@ -1,8 +1,9 @@
-"""Linear layers in a compiled graph: those that share an input become one, with weights packed for the processor.
+"""Linear layers in a compiled graph: those that share an input become one, by the fastest product there is.
 
-A pass over the graph of torch.compile, before inductor sees it. oneDNN multiplies by weights that it has laid out for
-itself considerably faster when there are few rows, and one wide product beats three narrow ones: q, k and v, or gate
-and up. The packed copy is an attribute of the first weight of each group: it lives as long as the weights do.
+A pass over the graph of torch.compile, before inductor sees it. One wide product beats three narrow ones: q, k and v,
+or gate and up. A few rows are left to `engine.cpu_linear`, which takes the weights as they are; more to oneDNN, which
+multiplies considerably faster by weights that it has laid out for itself. That copy is made when it is first needed,
+and an attribute of the first weight of each group: it lives as long as the weights do.
 
 Only bfloat16 and float16: there oneDNN's packed product rounds as torch's own does, once, from float32 sums. float32
 is left to torch, whose results the tests compare to.
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch
 
+from vattention.engine import cpu_linear
+
 _PACKED = "vattention_packed"
-_HINT = 8
-"""Rows that weights are laid out for: those of a decode pass. Prompts lose nothing, they are bound by arithmetic."""
+_HINT = 64
+"""Rows that weights are laid out for."""
 
 _library = torch.library.Library("vattention", "FRAGMENT")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
@@ -70,6 +73,8 @@ def merge_linears(graph: torch.fx.GraphModule) -> None:
 
 
 def _linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+    if cpu_linear.can(x, weights):
+        return cpu_linear.linear(x, weights, biases)
     packed = getattr(weights[0], _PACKED, None)
     if packed is None:
         joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
