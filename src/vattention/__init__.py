@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from vattention.async_llm import AsyncLLM
     from vattention.cache import CacheStats, KVCache, KVLayout
     from vattention.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from vattention.engine.sampling_params import SamplingParams
+    from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
+    from vattention.engine.structured import StructuredOutput
     from vattention.errors import (
         ConfigError,
         DriverError,
         EngineError,
         InvalidRequest,
         OutOfPages,
+        PromptTooLong,
         UnsupportedModel,
         VAttentionError,
     )
@@ -33,7 +35,9 @@ _HOME = {
     "Logprob": "vattention.engine.outputs",
     "RequestMetrics": "vattention.engine.outputs",
     "RequestOutput": "vattention.engine.outputs",
+    "RequestOutputKind": "vattention.engine.sampling_params",
     "SamplingParams": "vattention.engine.sampling_params",
+    "StructuredOutput": "vattention.engine.structured",
     "AsyncLLM": "vattention.async_llm",
     "LLM": "vattention.llm",
     "VirtualCache": "vattention.integrations.transformers_cache",
@@ -42,6 +46,7 @@ _HOME = {
     "EngineError": "vattention.errors",
     "InvalidRequest": "vattention.errors",
     "OutOfPages": "vattention.errors",
+    "PromptTooLong": "vattention.errors",
     "UnsupportedModel": "vattention.errors",
     "VAttentionError": "vattention.errors",
 }
@@ -59,9 +64,12 @@ __all__ = [
     "KVLayout",
     "Logprob",
     "OutOfPages",
+    "PromptTooLong",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutput",
     "UnsupportedModel",
     "VAttentionError",
     "VirtualCache",

@@ -6,7 +6,8 @@
 // request of several chunks is put together in their order (Flash-Decoding, Dao et al. 2023). Where chunks end depends
 // on the request alone, so its result does not depend on what else is in the batch, nor on the number of threads.
 //
-// Everything is computed in float32, whatever the numbers are stored as. Nothing is read at or past a request's length.
+// Everything is computed in float32, whatever the numbers are stored as; where the processor sums products of bfloat16
+// in float32 by itself, it does. Nothing is read at or past a request's length.
 // The loops are written with the vector extensions of GCC and clang, 16 floats at a time, which the compiler splits for
 // machines with narrower registers.
 //
@@ -20,7 +21,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#include <type_traits>
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 #if defined(_OPENMP)
@@ -35,7 +37,7 @@ namespace {
 #define WHERE Slots
 #endif
 
-constexpr int64_t CHUNK = 512;  // tokens of a task; enough that starting and ending one costs little
+constexpr int64_t CHUNK = 256;  // tokens of a task; enough that starting and ending one costs little
 constexpr int GROUP = 4;        // query heads at a time, as many as leave registers for their sums
 constexpr int UNIT = 32;        // numbers loaded at once; a head is padded to whole units, with zeros
 constexpr int64_t SMALL = 1 << 16;  // numbers of K and V below which a second thread costs more than it saves
@@ -46,6 +48,12 @@ struct f16 { uint16_t bits; };
 using T = NUMBERS;
 constexpr int W = WIDTH / UNIT;  // units of K and V where that is known
 constexpr int BLOCK = W && W * UNIT * sizeof(T) <= 128 ? 32 : 16;  // tokens of a head at a time: 4 KiB of K, measured
+
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = std::is_same<T, bf16>::value && W;  // products of pairs of bfloat16 are the processor's own
+#else
+constexpr bool PAIRS = false;
+#endif
 
 struct Unit { f32 a, b; };  // 32 numbers; of bf16 the even ones and the odd ones, else the first and the last 16
 
@@ -288,6 +296,35 @@ INLINE void score(const T* k, const int64_t* at, const f32* q, int64_t width, fl
     }
 }
 
+#if defined(__AVX512BF16__)
+// The same where PAIRS: q is the query as it came, a head every `q_head` numbers, and is scaled last.
+template <int G>
+INLINE void score_pairs(const T* k, const int64_t* at, const T* q, int64_t q_head, float scale, float* scores,
+                        const Ahead& ahead, int row) {
+    constexpr int ROWS = G == 1 ? 8 : 4;
+    const auto load_pairs = [](const T* p) { return (__m512bh)_mm512_loadu_si512(p); };
+    f32 parts[G][16];
+    for (int r = 0; r < 16; r += ROWS) {
+        for (int i = 0; i < ROWS; i++) ahead.fetch(row + r + i);
+        __m512 acc[ROWS][G];
+        for (int i = 0; i < ROWS; i++)
+            for (int g = 0; g < G; g++) acc[i][g] = _mm512_setzero_ps();
+        for (int u = 0; u < W; u++)
+            for (int i = 0; i < ROWS; i++) {
+                const __m512bh x = load_pairs(k + at[r + i] + u * UNIT);
+                for (int g = 0; g < G; g++)
+                    acc[i][g] = _mm512_dpbf16_ps(acc[i][g], x, load_pairs(q + g * q_head + u * UNIT));
+            }
+        for (int i = 0; i < ROWS; i++)
+            for (int g = 0; g < G; g++) parts[g][r + i] = (f32)acc[i][g];
+    }
+    for (int g = 0; g < G; g++) {
+        const f32 s = sums(parts[g]) * scale;
+        std::memcpy(scores + g * BLOCK, &s, sizeof s);
+    }
+}
+#endif
+
 // Adds n rows of V, U units of them (the last one of `rest` numbers, unless 0), to G weighted sums.
 template <int G, int U>
 INLINE void weigh(const T* v, const int64_t* at, int n, int rest, const float* weights, f32* weighted, int64_t stride,
@@ -310,14 +347,22 @@ INLINE void weigh(const T* v, const int64_t* at, int n, int rest, const float* w
         for (int u = 0; u < 2 * U; u++) weighted[g * stride + u] = acc[g][u];
 }
 
-// One block of one KV head, for G of its query heads, the first of which is `head`.
+// One block of one KV head, for G of the query heads of a row, the first of which is `head`. `packed`: all of the row,
+// scaled, unless PAIRS.
 template <int G>
-void attend(const Call& c, const Block& block, const T* k, const T* v, const f32* q, int64_t head, const Sums& sums,
-            const Ahead& k_ahead, const Ahead& v_ahead) {
+void attend(const Call& c, const Block& block, const T* k, const T* v, const T* row, const f32* packed, int64_t head,
+            const Sums& sums, const Ahead& k_ahead, const Ahead& v_ahead) {
     float scores[G * BLOCK] __attribute__((aligned(64)));
     const int vectors = std::min((block.n + 15) / 16, BLOCK / 16);
     for (int i = 0; i < vectors; i++)
-        score<G>(k, block.k + 16 * i, q + head * 2 * units(c.k_width), c.k_width, scores + 16 * i, k_ahead, 16 * i);
+#if defined(__AVX512BF16__)
+        if constexpr (PAIRS)
+            score_pairs<G>(k, block.k + 16 * i, row + head * c.q_head, c.q_head, c.scale, scores + 16 * i, k_ahead,
+                           16 * i);
+        else
+#endif
+            score<G>(k, block.k + 16 * i, packed + head * 2 * units(c.k_width), c.k_width, scores + 16 * i, k_ahead,
+                     16 * i);
     for (int g = 0; g < G; g++) {
         f32* s = reinterpret_cast<f32*>(scores + g * BLOCK);
         if (c.softcap != 0)
@@ -369,7 +414,7 @@ void chunk(const Call& c, const Where& where, int64_t request, int64_t number, f
     }
 
     const T* query = reinterpret_cast<const T*>(c.q) + c.rows[request] * c.q_row;
-    for (int64_t h = 0; h < c.q_heads; h++)
+    for (int64_t h = 0; !PAIRS && h < c.q_heads; h++)
         for (int64_t u = 0; u < wide; u++) {
             const int64_t n = c.k_width - u * UNIT;
             const T* from = query + h * c.q_head + u * UNIT;
@@ -381,24 +426,25 @@ void chunk(const Call& c, const Where& where, int64_t request, int64_t number, f
     std::fill(sums.total, sums.total + c.q_heads, f32{});
     std::fill(sums.top, sums.top + c.q_heads, MINUS);
 
-    for (int64_t b = 0; b < count; b++)
-        for (int64_t h = 0; h < c.kv_heads; h++) {
-            const bool last = h + 1 == c.kv_heads;
-            const Block &block = blocks[b], &next = blocks[std::min(b + last, count - 1)];
-            const int64_t next_head = last ? 0 : h + 1;
+    // Head by head: where the tokens of a head lie one after the other, the processor then reads ahead by itself.
+    for (int64_t h = 0; h < c.kv_heads; h++)
+        for (int64_t b = 0; b < count; b++) {
+            const bool last = b + 1 == count;
+            const Block &block = blocks[b], &next = blocks[last ? 0 : b + 1];
+            const int64_t next_head = h + last;
             for (int64_t g = 0; g < group;) {
                 // Parts of about the same size, of at most GROUP heads; the first one fetches.
                 const int64_t head = h * group + g, left = group - g, parts = (left + GROUP - 1) / GROUP;
-                const int n = g || (last && b + 1 == count) ? 0 : next.n;
+                const int n = g || next_head == c.kv_heads ? 0 : next.n;
                 const Ahead k_ahead{keys + next_head * c.k_head, next.k, n, c.k_width};
                 const Ahead v_ahead{values + next_head * c.v_head, next.v, n, c.v_width};
                 const T *k = keys + h * c.k_head, *v = values + h * c.v_head;
                 const int64_t size = (left + parts - 1) / parts;
                 switch (size) {
-                    case 1: attend<1>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
-                    case 2: attend<2>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
-                    case 3: attend<3>(c, block, k, v, packed, head, sums, k_ahead, v_ahead); break;
-                    default: attend<4>(c, block, k, v, packed, head, sums, k_ahead, v_ahead);
+                    case 1: attend<1>(c, block, k, v, query, packed, head, sums, k_ahead, v_ahead); break;
+                    case 2: attend<2>(c, block, k, v, query, packed, head, sums, k_ahead, v_ahead); break;
+                    case 3: attend<3>(c, block, k, v, query, packed, head, sums, k_ahead, v_ahead); break;
+                    default: attend<4>(c, block, k, v, query, packed, head, sums, k_ahead, v_ahead);
                 }
                 g += size;
             }

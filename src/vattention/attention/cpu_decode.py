@@ -103,43 +103,62 @@ def decode(
         table: int32 `[slots, blocks of a slot]`: keys and values are `[blocks, block_size, kv_heads, width]`, and this
             says which blocks a slot's tokens are in. The same kernel but for addresses.
     """
-    width, value_width = keys.shape[3], values.shape[3]
-    library = _library(query.dtype, width, value_width, table is not None)
-    assert library is not None, "asked of `can`"
-    sinks = None if features.sinks is None else features.sinks.to(torch.float32).contiguous()
-    call = _Call(
-        len(requests.slots),
-        query.shape[1],
-        keys.shape[2],
-        width,
-        value_width,
-        features.window or 0,
-        torch.get_num_threads(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        query.data_ptr(),
-        out.data_ptr(),
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        *query.stride()[:2],
-        *out.stride()[:2],
-        requests.slots.data_ptr(),
-        requests.rows.data_ptr(),
-        requests.lengths.data_ptr(),
-        None if mask is None else mask.data_ptr(),
-        0 if mask is None else mask.stride(0),
-        None if sinks is None else sinks.data_ptr(),
-        None,
-        width**-0.5 if features.scaling is None else features.scaling,
-        features.softcap or 0.0,
-        None if table is None else table.data_ptr(),
-        0 if table is None else table.stride(0),
-        keys.shape[1],
-    )
-    pointer = ctypes.byref(call)
-    scratch = torch.empty(library.vattention_scratch(pointer), dtype=torch.uint8)
-    call.scratch = scratch.data_ptr()
-    library.vattention_decode(pointer)
+    _Prepared(query, keys, values, features, requests, out, mask, table).run(query, keys, values, out)
+
+
+class _Prepared:
+    """A call without its tensors, which `run` puts in: those of any layer of the same shape. For one thread."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        features: Features,
+        requests: Requests,
+        out: torch.Tensor,
+        mask: torch.Tensor | None,
+        table: torch.Tensor | None,
+    ) -> None:
+        width, value_width = keys.shape[3], values.shape[3]
+        library = _library(query.dtype, width, value_width, table is not None)
+        assert library is not None
+        sinks = None if features.sinks is None else features.sinks.float().contiguous()
+        self._decode = library.vattention_decode
+        self._kept = (requests, mask, table, sinks)
+        self._call = call = _Call(
+            requests=len(requests.slots),
+            q_heads=query.shape[1],
+            kv_heads=keys.shape[2],
+            k_width=width,
+            v_width=value_width,
+            window=features.window or 0,
+            threads=torch.get_num_threads(),
+            slots=requests.slots.data_ptr(),
+            rows=requests.rows.data_ptr(),
+            lengths=requests.lengths.data_ptr(),
+            mask=None if mask is None else mask.data_ptr(),
+            mask_row=0 if mask is None else mask.stride(0),
+            sinks=None if sinks is None else sinks.data_ptr(),
+            scale=width**-0.5 if features.scaling is None else features.scaling,
+            softcap=features.softcap or 0.0,
+            table=None if table is None else table.data_ptr(),
+            table_row=0 if table is None else table.stride(0),
+            block_size=keys.shape[1],
+        )
+        call.k_slot, call.k_token, call.k_head = keys.stride()[:3]
+        call.v_slot, call.v_token, call.v_head = values.stride()[:3]
+        call.q_row, call.q_head = query.stride()[:2]
+        call.out_row, call.out_head = out.stride()[:2]
+        self._pointer = ctypes.byref(call)
+        self._scratch = torch.empty(library.vattention_scratch(self._pointer), dtype=torch.uint8)
+        call.scratch = self._scratch.data_ptr()
+
+    def run(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill in the rows of `out`."""
+        call = self._call
+        call.q, call.k, call.v, call.out = query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr()
+        self._decode(self._pointer)
 
 
 def prepare(segments: Sequence[Segment], table: torch.Tensor | None = None) -> Callable[..., None]:
@@ -149,11 +168,20 @@ def prepare(segments: Sequence[Segment], table: torch.Tensor | None = None) -> C
     `[rows, q_heads, width of V]`, where it fills in its rows. `table` as for `decode`.
     """
     requests = Requests.of(segments)
+    known: dict[tuple[object, ...], _Prepared] = {}
 
     def attend(
         query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features, out: torch.Tensor
     ) -> None:
-        decode(query.transpose(0, 1), keys, values, features, requests, out, table=table)
+        by_row = query.transpose(0, 1)
+        if features.sinks is not None:  # which are each layer's own
+            decode(by_row, keys, values, features, requests, out, table=table)
+            return
+        asked = (features.scaling, features.window, features.softcap, query.dtype, query.shape, keys.shape)
+        shape = (*asked, values.shape, query.stride(), keys.stride(), values.stride(), out.stride())
+        if shape not in known:
+            known[shape] = _Prepared(by_row, keys, values, features, requests, out, None, table)
+        known[shape].run(by_row, keys, values, out)
 
     return attend
 

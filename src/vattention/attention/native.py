@@ -42,11 +42,13 @@ def load(source: Path, **macros: object) -> ctypes.CDLL | None:
 
 def readable(*tensors: torch.Tensor) -> bool:
     """Whether a kernel may read these: on the CPU, of one dtype, their last dimension dense, none to be trained."""
-    return (
-        not torch.compiler.is_compiling()  # which cannot look into a library; stock operators it can
-        and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype and x.stride(-1) == 1 for x in tensors)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-    )
+    dtype = tensors[0].dtype
+    for x in tensors:  # a loop, as every layer of every pass comes through here
+        if not x.is_cpu or x.dtype != dtype or x.stride(-1) != 1:
+            return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return not torch.compiler.is_compiling()  # which cannot look into a library; stock operators it can
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from vattention.cache.arguments import checked_length, checked_lengths, checked_slot
 from vattention.cache.layout import KVLayout
 from vattention.cache.opening import integer
-from vattention.cache.stats import CacheStats
+from vattention.cache.stats import CacheStats, SlotStats
 from vattention.errors import ConfigError, InvalidRequest, OutOfPages
 from vattention.memory.sizes import format_size, parse_size
 
@@ -37,6 +38,7 @@ class PagedKVCache:
     Args:
         layout: the geometry: heads, widths, slots and max_model_len. How streams lie means nothing here.
         memory: bytes or a string like "2GiB". No more is taken than all slots at max_model_len need.
+        device: where K and V are, "cpu" or "cuda:N"; the table stays on the host.
         block_size: tokens of a block.
         poison: every step fills what a live slot's last block has past its length with NaN, and blocks are full of it
             when they are taken.
@@ -54,6 +56,7 @@ class PagedKVCache:
         layout: KVLayout,
         *,
         memory: str | SupportsIndex,
+        device: str | torch.device = "cpu",
         block_size: SupportsIndex = DEFAULT_BLOCK_SIZE,
         poison: bool = False,
     ) -> None:
@@ -73,6 +76,7 @@ class PagedKVCache:
                 f"a budget of {format_size(budget)} is less than a block of {self.block_size} tokens"
                 f" ({format_size(self._block_bytes)}): raise it, or lower block_size"
             )
+        self._device = torch.device(device)
         self._layers = [self._pool(layer) for layer in range(layout.num_layers)]
         self.table = torch.full((layout.max_num_seqs, columns), -1, dtype=torch.int32)
         self._table = self.table.numpy()  # the same memory; numbers go in faster
@@ -239,6 +243,20 @@ class PagedKVCache:
                 prefetch_failures=0,
             )
 
+    def slots(self) -> tuple[SlotStats, ...]:
+        """Every slot at one moment, by number, with blocks for pages. Safe from any thread."""
+        with self._owned():
+            return tuple(
+                SlotStats(
+                    live=length is not None,
+                    tokens=length or 0,
+                    mapped=len(blocks) * self._block_bytes,
+                    needed=(length or 0) * self.layout.bytes_per_token,
+                    shared=bisect_left(blocks, True, key=lambda block: self._refs[block] <= 1) * self._block_bytes,
+                )
+                for length, blocks in zip(self._lengths, self._tables, strict=True)
+            )
+
     def close(self) -> None:
         """Let go of the tensors; their memory goes back when nobody else has them. Idempotent."""
         with self._lock:
@@ -260,7 +278,9 @@ class PagedKVCache:
     def _pool(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape, dtype = self.layout.shape(layer), self.layout.dtype
         size = (self.num_blocks, self.block_size, shape.num_kv_heads)
-        return torch.empty(*size, shape.key_dim, dtype=dtype), torch.empty(*size, shape.value_dim, dtype=dtype)
+        widths = (shape.key_dim, shape.value_dim)
+        keys, values = (torch.empty(*size, width, dtype=dtype, device=self._device) for width in widths)
+        return keys, values
 
     def _blocks(self, tokens: int) -> int:
         """Blocks behind that many tokens."""

@@ -61,7 +61,7 @@ INLINE void tile(const Call& c, const Layer& layer, int64_t row, int64_t first, 
             __m512bh weight[R];
             for (int i = 0; i < R; i++) {
                 weight[i] = load(w[i] + k);
-                _mm_prefetch(reinterpret_cast<const char*>(w[i] + k + AHEAD), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(w[i] + k + AHEAD), _MM_HINT_T1);
             }
             for (int m = 0; m < M; m++) {
                 const __m512bh y = load(x + m * c.x_row + k);

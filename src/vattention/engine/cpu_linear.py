@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,48 +44,70 @@ class _Call(ctypes.Structure):
     )
 
 
-def can(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernel computes this: few rows in bfloat16, inputs and weights dense."""
-    return (
-        x.dtype == torch.bfloat16
-        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-        and x.is_contiguous()
-        and all(weight.is_contiguous() for weight in weights)
-        and native.readable(x, *weights)
-        and _library() is not None
-    )
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """What does not change between calls of the same layers.
+
+    Attributes:
+        addresses: of the weights and biases, by which the layers are known.
+        array: of `_Layer`; `address` is its own.
+        outputs: of all layers together.
+    """
+
+    addresses: list[int]
+    array: ctypes.Array[_Layer]
+    address: int
+    outputs: int
 
 
-def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """`x` `[..., inputs]` times every weight `[outputs, inputs]`, plus its bias, if any: `[..., all outputs]`.
 
-    Only what `can` accepts.
+    Returns:
+        None for what the kernel does not compute: more than a few rows, other dtypes, what is not dense, processors
+        that do not multiply bfloat16, and machines without a compiler.
     """
-    library = _library()
-    assert library is not None
-    layers, outputs = _layers(weights, biases)
-    out = x.new_empty((*x.shape[:-1], outputs))
     inputs = x.shape[-1]
     rows = x.numel() // inputs
-    threads = torch.get_num_threads()
-    call = _Call(rows, inputs, inputs, outputs, len(weights), threads, x.data_ptr(), out.data_ptr(), layers)
-    library.vattention_linear(ctypes.byref(call))
+    if not 0 < rows <= MOST_ROWS or x.dtype != torch.bfloat16 or not x.is_contiguous():
+        return None
+    # This comes a hundred times between two tokens: what is known of the layers is not asked again.
+    layers: _Layers | None = getattr(weights[0], _KEPT, None)
+    if layers is None or layers.addresses != [tensor.data_ptr() for tensor in (*weights, *biases)]:
+        layers = _find_layers(x, weights, biases)
+        if layers is None:
+            return None
+    out = x.new_empty((*x.shape[:-1], layers.outputs))
+    call = _Call(
+        rows,
+        inputs,
+        inputs,
+        layers.outputs,
+        len(weights),
+        torch.get_num_threads(),
+        x.data_ptr(),
+        out.data_ptr(),
+        layers.address,
+    )
+    _library().vattention_linear(ctypes.byref(call))  # type: ignore[union-attr]
     return out
 
 
-def _layers(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """The address of an array of `_Layer`, and the sum of their outputs. Made again where a tensor has moved."""
-    addresses = [tensor.data_ptr() for tensor in (*weights, *biases)]
-    kept = getattr(weights[0], _KEPT, None)
-    if kept is None or kept[0] != addresses:
-        column, layers = 0, []
-        for i, weight in enumerate(weights):
-            layers.append((weight.data_ptr(), biases[i].data_ptr() if biases else None, weight.shape[0], column))
-            column += weight.shape[0]
-        array = (_Layer * len(layers))(*layers)
-        kept = (addresses, ctypes.addressof(array), column, array)
-        setattr(weights[0], _KEPT, kept)
-    return kept[1], kept[2]
+def _find_layers(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> _Layers | None:
+    """Note what there is to know of layers, for as long as their weights live; None if the kernel cannot read them."""
+    tensors = (*weights, *biases)
+    dense = all(tensor.is_contiguous() and tensor.shape[-1] for tensor in tensors)
+    if not dense or not native.readable(x, *tensors) or _library() is None:
+        return None
+    column, rows = 0, []
+    for i, weight in enumerate(weights):
+        rows.append(_Layer(weight.data_ptr(), biases[i].data_ptr() if biases else None, weight.shape[0], column))
+        column += weight.shape[0]
+    array = (_Layer * len(rows))(*rows)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    layers = _Layers(addresses, array, ctypes.addressof(array), column)
+    setattr(weights[0], _KEPT, layers)
+    return layers
 
 
 @functools.cache

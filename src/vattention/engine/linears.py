@@ -73,8 +73,9 @@ def merge_linears(graph: torch.fx.GraphModule) -> None:
 
 
 def _linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
-    if cpu_linear.can(x, weights):
-        return cpu_linear.linear(x, weights, biases)
+    few = cpu_linear.linear(x, weights, biases)
+    if few is not None:
+        return few
     packed = getattr(weights[0], _PACKED, None)
     if packed is None:
         joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))

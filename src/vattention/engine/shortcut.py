@@ -107,7 +107,8 @@ class Shortcut:
     def watch(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer through the front door. The second time, with other tensors, the shortcut may open."""
         attributes = _attributes(self._layer)
-        _watched.calls = calls = []
+        calls: list[tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]] = []
+        _watched.calls = calls
         try:
             result = self._door(self._layer, *args, **kwargs)
         finally:
