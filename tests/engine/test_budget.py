@@ -49,6 +49,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return FREE
 
     monkeypatch.setattr(opening, "_place", lambda model, device: torch.device("cuda", 0))
+    look = opening.look
+    monkeypatch.setattr(opening, "look", lambda place, given, share: look(torch.device("cpu"), given or 64 * MIB))
     monkeypatch.setattr(opening, "KVCache", OnACPU)
     look = opening.look
     monkeypatch.setattr(opening, "look", lambda device, size, share: look(torch.device("cpu"), size))
