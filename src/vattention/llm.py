@@ -48,6 +48,9 @@ class LLM:
             seconds. Where it is not possible there is one warning; not built for a GPU.
         seed: of requests whose `SamplingParams` have none; 0.
         trust_remote_code: see `load_model`.
+        attention_kernel: None or "auto" picks the fastest for each layer. A name asks for one kernel: "flash" (torch's
+            own FlashAttention), "flex", "flashinfer", "flash-attn-2", "flash-attn-3", "sdpa" or "blocked". What does
+            not run on the device, is not installed, or does not compute the model's attention is refused.
         max_num_batched_tokens: tokens in one forward pass; longer prompts are computed in chunks.
         head_major, layers_per_stream, kv_together: the layout, see `KVLayout`; "auto", the default of each, chooses it
             with the page, and says so in a line. `layers_per_stream=None` means all.

@@ -21,7 +21,7 @@ USAGE = 2
 FAILED = 1
 MODEL = ("dtype", "device", "trust_remote_code")
 CAPACITY = ("max_model_len", "kv_cache_memory", "page_size", "max_num_seqs", "max_num_batched_tokens")
-FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile")
+FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile", "attention_kernel")
 LAYOUT = ("head_major", "layers_per_stream", "kv_together")
 CHOICE = (*LAYOUT, "expected_tokens")
 CHECKS = ("guard", "poison")
@@ -83,6 +83,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, metavar="N", help="tokens of a block with --cache paged (16)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
     add("--compile", action=switch, help="compile the model in the background (off)")
+    add("--attention-kernel", metavar="NAME", help="flash, flex, flashinfer, ... instead of the fastest (auto)")
 
 
 def add_layout(parser: argparse.ArgumentParser, *, chosen: bool = False) -> None:

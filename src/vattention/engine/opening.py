@@ -12,12 +12,14 @@ from typing import TypedDict
 
 import torch
 
+from vattention.attention import choose
 from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
 from vattention.cache.choosing import Auto, Choice, Given, choose
 from vattention.cache.opening import look
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
+from vattention.engine.kernels import check_layers, named_kernel
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import whole
@@ -54,6 +56,7 @@ class LLMOptions(TypedDict, total=False):
     compile: bool
     seed: int
     trust_remote_code: bool
+    attention_kernel: str | None
     max_num_batched_tokens: int | None
     head_major: bool | Auto
     layers_per_stream: int | Auto | None
@@ -88,6 +91,7 @@ def open_engine(
     compile: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
+    attention_kernel: str | None = None,
     max_num_batched_tokens: int | None = None,
     head_major: bool | Auto = "auto",
     layers_per_stream: int | Auto | None = "auto",
@@ -109,6 +113,7 @@ def open_engine(
         expected_tokens=expected_tokens is not None,
         guard=guard,
     )
+    kernel = named_kernel(attention_kernel, place, paged=cache == "paged")
     with _as_config_errors():
         if block_size is not None:
             block_size = whole("block_size", block_size, at_least=1)
@@ -155,8 +160,10 @@ def open_engine(
             choice.layout, device=place, memory=budget, page_size=choice.page_size, guard=guard, poison=poison
         )
     try:
+        if kernel is not None:
+            check_layers(kernel, loaded.model, kv_cache)
         engine = Engine(
-            Runner(loaded.model, kv_cache, compile=compile),
+            Runner(loaded.model, kv_cache, kernel=kernel or choose.prepare, compile=compile),
             kv_cache,
             vocab_size=shape.vocab_size,
             max_num_seqs=max_num_seqs,
