@@ -9,10 +9,13 @@ import vattention
 
 ERRORS = [
     *("VAttentionError", "OutOfPages", "DriverError", "EngineError"),
-    *("UnsupportedModel", "InvalidRequest", "ConfigError"),
+    *("UnsupportedModel", "InvalidRequest", "PromptTooLong", "ConfigError"),
 ]
 OUTPUTS = ["RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics"]
-PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", *OUTPUTS, "KVCache", "KVLayout", "CacheStats", "VirtualCache", *ERRORS]
+PUBLIC = [
+    *("LLM", "AsyncLLM", "SamplingParams", "RequestOutputKind", *OUTPUTS),
+    *("KVCache", "KVLayout", "CacheStats", "VirtualCache", *ERRORS),
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

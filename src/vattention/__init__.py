@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from vattention.async_llm import AsyncLLM
     from vattention.cache import CacheStats, KVCache, KVLayout
     from vattention.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from vattention.engine.sampling_params import SamplingParams
+    from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
     from vattention.errors import (
         ConfigError,
         DriverError,
         EngineError,
         InvalidRequest,
         OutOfPages,
+        PromptTooLong,
         UnsupportedModel,
         VAttentionError,
     )
@@ -33,6 +34,7 @@ _HOME = {
     "Logprob": "vattention.engine.outputs",
     "RequestMetrics": "vattention.engine.outputs",
     "RequestOutput": "vattention.engine.outputs",
+    "RequestOutputKind": "vattention.engine.sampling_params",
     "SamplingParams": "vattention.engine.sampling_params",
     "AsyncLLM": "vattention.async_llm",
     "LLM": "vattention.llm",
@@ -42,6 +44,7 @@ _HOME = {
     "EngineError": "vattention.errors",
     "InvalidRequest": "vattention.errors",
     "OutOfPages": "vattention.errors",
+    "PromptTooLong": "vattention.errors",
     "UnsupportedModel": "vattention.errors",
     "VAttentionError": "vattention.errors",
 }
@@ -59,8 +62,10 @@ __all__ = [
     "KVLayout",
     "Logprob",
     "OutOfPages",
+    "PromptTooLong",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "UnsupportedModel",
     "VAttentionError",

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from vattention.cache import CacheStats
+from vattention.engine.answer import joined
 from vattention.engine.chat import Message
 from vattention.engine.loop import EngineLoop
 from vattention.engine.opening import LLMOptions, Model, open_engine
 from vattention.engine.outputs import RequestOutput
 from vattention.engine.prompts import Prompt, TokenizedPrompt, tokenize, tokenize_chat
-from vattention.engine.sampling_params import SamplingParams
+from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
+from vattention.engine.snapshot import Snapshot
+
+_UNREAD = 64
+"""Deltas that are kept apart for a reader that does not come; more are made one."""
 
 
 class AsyncLLM:
@@ -58,6 +62,39 @@ class AsyncLLM:
         """The tokenizer of transformers, or None for a model that came without."""
         return self._tokenizer
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return self._engine.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests computed at once."""
+        return self._cache.layout.max_num_seqs
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._engine.vocab_size
+
+    @property
+    def running(self) -> bool:
+        """Whether requests are taken: not closed, and the engine has not stopped."""
+        return self._loop.running
+
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """The token ids of a prompt, not checked; the event loop does not wait for long ones.
+
+        Raises: TypeError, InvalidRequest: see `generate`.
+        """
+        make = partial(tokenize, self._tokenizer, prompt, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(make)
+
+    async def tokenize_chat(self, messages: Sequence[Message], **options: Any) -> TokenizedPrompt:
+        """The text of a conversation in the model's chat template, and its token ids. Options and errors: `chat`."""
+        options["template"] = options.pop("chat_template", None)
+        return await asyncio.to_thread(partial(tokenize_chat, self._tokenizer, messages, **options))
+
     def generate(
         self,
         prompt: Prompt,
@@ -66,11 +103,12 @@ class AsyncLLM:
         *,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Continue a prompt: outputs as they come, each with everything so far, the last one `finished`.
+        """Continue a prompt: outputs as they come, the last one `finished`.
 
-        The request is handed in when the first output is asked for. A reader that is slower than the engine gets the
-        newest output, not all of them. Closing the generator, leaving the loop over it or cancelling the task that
-        reads it aborts the request; where it may live on in a variable, close it: `contextlib.aclosing`.
+        Each holds everything so far, or what `SamplingParams.output_kind` says. The request is handed in when the first
+        output is asked for. A reader that is slower than the engine gets the newest output, not all of them; of
+        deltas, all that it has missed in one. Closing the generator, leaving the loop over it or cancelling the task
+        that reads it aborts the request; where it may live on in a variable, close it: `contextlib.aclosing`.
 
         Args:
             prompt: see `Prompt`.
@@ -141,6 +179,16 @@ class AsyncLLM:
         """Bytes, pages and driver calls of the KV cache. Raises InvalidRequest once closed."""
         return self._cache.stats()
 
+    async def snapshot(self) -> Snapshot:
+        """Who waits and runs, the slots, the memory, and what was done so far, between two steps of the engine.
+
+        It waits for the forward pass under way, and takes far less time than one.
+
+        Raises:
+            InvalidRequest: closed. EngineError: the engine has stopped.
+        """
+        return await asyncio.wrap_future(self._loop.call(self._engine.snapshot))
+
     def close(self) -> None:
         """End every request with an EngineError for its reader, and give the memory of the KV cache back. Idempotent.
 
@@ -170,7 +218,7 @@ class AsyncLLM:
         params = SamplingParams() if sampling_params is None else sampling_params
         # In a thread, as a long prompt takes long and the check may have to wait for pages that are being mapped.
         prompt = await asyncio.to_thread(self._prepare, make, params)
-        mailbox = _Mailbox()
+        mailbox = _Mailbox(deltas=params.output_kind is RequestOutputKind.DELTA)
         ticket = self._loop.submit(
             prompt.token_ids, params, mailbox.put, request_id=request_id, priority=priority, prompt=prompt.text
         )
@@ -189,20 +237,34 @@ class AsyncLLM:
 
 
 class _Mailbox:
-    """From the engine's thread to one reader in the event loop that is running now. Holds the newest news only."""
+    """From the engine's thread to one reader in the event loop that is running now.
 
-    def __init__(self) -> None:
+    Holds the newest news only, or where they are deltas, no more of them than there are tokens in the answer.
+    """
+
+    def __init__(self, *, deltas: bool) -> None:
         self._loop = asyncio.get_running_loop()
-        self._news: deque[RequestOutput | BaseException] = deque(maxlen=1)
+        self._deltas = deltas
+        self._lock = threading.Lock()  # held for moments, and by nobody who waits
+        self._news: list[RequestOutput] = []
+        self._error: BaseException | None = None
         self._ready = asyncio.Event()
         self._ringing = False
 
     def put(self, news: RequestOutput | BaseException) -> bool:
-        """Replace the news. False when there is nobody left to read them."""
-        self._news.append(news)
-        if self._ringing:  # one call a reader waits in the event loop at most, however long that is busy
-            return not self._loop.is_closed()
-        self._ringing = True
+        """Add news, or replace them. False when there is nobody left to read them."""
+        with self._lock:
+            if isinstance(news, BaseException):
+                self._error = news
+            elif self._deltas:
+                self._news.append(news)
+                if len(self._news) > _UNREAD:
+                    self._news = [joined(self._news)]
+            else:
+                self._news = [news]
+            if self._ringing:  # one call a reader waits in the event loop at most, however long that is busy
+                return not self._loop.is_closed()
+            self._ringing = True
         try:
             self._loop.call_soon_threadsafe(self._ring)
         except RuntimeError:
@@ -213,14 +275,18 @@ class _Mailbox:
 
     async def get(self) -> RequestOutput:
         """Wait for news. Raises them if they are an error."""
-        while not self._news:
-            self._ready.clear()
+        while True:
+            with self._lock:
+                news, self._news = self._news, []
+                if self._error is not None and not (news and self._deltas):
+                    raise self._error
+                if not news:
+                    self._ready.clear()
+            if news:
+                return joined(news)
             await self._ready.wait()
-        news = self._news.pop()
-        if isinstance(news, BaseException):
-            raise news
-        return news
 
     def _ring(self) -> None:
-        self._ringing = False  # before the reader looks: news that come now are seen, later ones ring again
+        with self._lock:
+            self._ringing = False  # before the reader looks: news that come now are seen, later ones ring again
         self._ready.set()

@@ -22,6 +22,10 @@ class InvalidRequest(VAttentionError, ValueError):
     """A call or a request that can never be served: a dead slot, a prompt that is too long, use after close."""
 
 
+class PromptTooLong(InvalidRequest):
+    """A prompt that can never fit, `max_model_len` or the KV budget: shorten it, or raise what the message names."""
+
+
 class EngineError(VAttentionError):
     """The engine failed, or was closed, while it had a request, or it has stopped for good: the caller did no wrong.
 

@@ -37,7 +37,7 @@ class LLM:
             memory is reserved for it.
         max_num_seqs: requests computed at once; None: 16, or max_num_batched_tokens where that is less.
         kv_cache_memory: physical memory for K and V, bytes or a string like "2GiB"; None: half of what is left after
-            the weights, or the whole reservation where that is less; of a GPU, what brings it to nine tenths in use.
+            the weights, or the whole reservation where that is less; of a GPU, what `memory_utilization` leaves.
         page_size: bytes or a string, None to let the cache choose.
         cache: "virtual", or "paged": K and V in blocks behind a block table, taken up front, as other engines keep
             them. For comparison; it takes none of page_size, guard and what is about the layout.
@@ -45,7 +45,11 @@ class LLM:
         enable_prefix_caching: not built yet.
         compile: compile the model's layers in the background, from the start: passes run as they are until that has
             ended, or `warmup` has returned, and faster from then on. Off, because it takes the processors for some
-            seconds. Where it is not possible there is one warning; not built for a GPU.
+            seconds. Where it is not possible there is one warning. With cuda_graphs opening waits for it.
+        cuda_graphs: of a GPU: capture passes of decodes into CUDA graphs when opening, which takes seconds; on unless
+            False. Where that is not possible there is one warning. Tokens are the same with and without.
+        memory_utilization: share of a GPU's memory that is in use when the cache is full, 0.9 by default: weights,
+            graphs, the largest pass and whatever else is there count. Not with kv_cache_memory.
         seed: of requests whose `SamplingParams` have none; 0.
         trust_remote_code: see `load_model`.
         attention_kernel: None or "auto" picks the fastest for each layer. A name asks for one kernel: "flash" (torch's

@@ -146,6 +146,7 @@ CACHE_CALLS: dict[str, Callable[..., Any]] = {
     "reclaimable": lambda cache, a, b: cache.reclaimable(),
     "capacity": lambda cache, a, b: cache.capacity(),
     "stats": lambda cache, a, b: cache.stats(),
+    "slots": lambda cache, a, b: cache.slots(),
 }
 
 
@@ -251,6 +252,7 @@ RANGE_CALLS: dict[str, Callable[..., Any]] = {
     "alias": lambda reservation, a, b, runs: reservation.alias(0, a, b),
     "alias from": lambda reservation, a, b, runs: reservation.alias(a, 0, b),
     "runs": lambda reservation, a, b, runs: reservation.runs(a, b),
+    "pages": lambda reservation, a, b, runs: list(reservation.pages(a, b)),
     "page": lambda reservation, a, b, runs: reservation.page(a),
     "mappings_of": lambda reservation, a, b, runs: reservation.mappings_of(a, b),
     "settle": lambda reservation, a, b, runs: reservation.settle(),

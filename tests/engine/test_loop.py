@@ -363,10 +363,10 @@ def test_a_step_that_fails_for_those_in_it_is_told_to_each(setup: Setup, monkeyp
 def test_text_that_cannot_be_made_is_one_request_less(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     output = setup.engine.output
 
-    def fails(request: Any, prompt: Any) -> Any:
+    def fails(request: Any, prompt: Any, seen: Any) -> Any:
         if request.prompt_token_ids[0] == 13 and len(request.output_token_ids) == 3:
             raise ValueError("no such character")
-        return output(request, prompt)
+        return output(request, prompt, seen)
 
     monkeypatch.setattr(setup.engine, "output", fails)
     bad, _ = setup.submit([13], greedy(50))

@@ -36,4 +36,5 @@ def everything(cache: KVCache, slot: int) -> dict[str, Callable[[], Any]]:
         "layer": lambda: cache.layer(0),
         "trim": cache.trim,
         "stats": cache.stats,
+        "slots": cache.slots,
     }

@@ -162,6 +162,8 @@ class AttentionBatch:
     @functools.cached_property
     def _where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot and the position of each row, `[rows]` int64; in a paged cache its block, and the place there."""
+        if not self.segments:  # of a plan
+            return self.single_slots, self.single_positions
         if self.places is not None:
             size = self.layers[0][0].shape[1]
             return self.places // size, self.places % size
@@ -208,13 +210,27 @@ class AttentionBatch:
         if layer in self._written:
             raise UnsupportedModel(f"layer {layer} computes attention twice in one pass, and has room for one K and V")
         keys, values = self.layers[layer]
-        if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
-            raise UnsupportedModel(
-                f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
-                f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
-            )
+        check_layer(layer, key, value, keys, values)
         self.write(layer, key[0], value[0])
         return self.attend(query[0], keys, values, features)[None]
+
+
+class Batch(Protocol):
+    """A pass as a layer sees it: `AttentionBatch`, or what stands in for it."""
+
+    def compute(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: Features
+    ) -> torch.Tensor:
+        """Attention of one layer, shapes as in `attention_forward`; K and V are written first."""
+
+
+def check_layer(layer: int, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Raises UnsupportedModel for new K and V, `[1, heads, rows, width]`, of another shape than the cache's layer."""
+    if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
+        raise UnsupportedModel(
+            f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
+            f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
+        )
 
 
 def _places(segments: Sequence[Segment], table: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -257,7 +273,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    vattention_batch: AttentionBatch | torch.Tensor | None = None,
+    vattention_batch: Batch | torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, with the signature that transformers calls.

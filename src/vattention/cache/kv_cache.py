@@ -20,9 +20,9 @@ from vattention.cache.layout import KVLayout
 from vattention.cache.moving import apply_moves, plan_moves
 from vattention.cache.opening import integer, open_pool
 from vattention.cache.room import WATERMARK, Room
-from vattention.cache.stats import CacheStats
+from vattention.cache.stats import CacheStats, SlotStats
 from vattention.errors import DriverError, InvalidRequest, OutOfPages
-from vattention.memory import Driver, PagePool
+from vattention.memory import CudaDriver, Driver, PagePool
 
 
 class KVCache:
@@ -38,8 +38,8 @@ class KVCache:
     >>> cache.free(slot)
 
     Between two steps of a slot, tokens at or past the length it had before the later step may be written, and tokens
-    below its length may be read. `stats` may be called from any thread at any time. Everything else belongs to one
-    owner; calls from several threads are safe but wait for each other, and join growth in the background first.
+    below its length may be read. `stats` and `slots` may be called from any thread at any time. Everything else belongs
+    to one owner; calls from several threads are safe but wait for each other, and join growth in the background first.
 
     Args:
         layout: the geometry.
@@ -382,6 +382,20 @@ class KVCache:
         k, v = views[number]
         return k, v
 
+    def watch(self, stream: SupportsIndex) -> None:
+        """Say that work on this cache comes from a stream of its device; without it, from anywhere on the device.
+
+        Pages are unmapped once the work of the streams that were named has ended, and that of the caller's own torch
+        stream: name all before they are used. Where the driver belongs to others too nothing changes: nobody here knows
+        their streams.
+
+        Args:
+            stream: its handle, `torch.cuda.Stream.cuda_stream` for instance.
+        """
+        with self._owned():
+            if isinstance(self._own_driver, CudaDriver):
+                self._own_driver.watch(operator.index(stream))
+
     def trim(self) -> int:
         """Give everything reclaimable, and the pool's free pages, back to the system. Returns the bytes.
 
@@ -432,6 +446,21 @@ class KVCache:
                 driver_calls=dict(self.pool.meter.calls),
                 driver_seconds=self.pool.meter.seconds,
                 prefetch_failures=self._prefetch_failures,
+            )
+
+    def slots(self) -> tuple[SlotStats, ...]:
+        """Every slot at one moment, by number. Safe from any thread."""
+        self._check_open()
+        with self.pool.lock:
+            return tuple(
+                SlotStats(
+                    live=slot.live,
+                    tokens=slot.length,
+                    mapped=slot.pages * self.pool.page_size,
+                    needed=slot.tokens * self.layout.bytes_per_token,
+                    shared=self._backing.shared_pages(number) * self.pool.page_size,
+                )
+                for number, slot in enumerate(self._slots)
             )
 
     def close(self) -> None:

@@ -90,7 +90,7 @@ def _open_driver(device: torch.device, guard: bool) -> Driver:
     raise ConfigError(f"device {str(device)!r} is not supported: use 'cpu' or 'cuda'")
 
 
-def look(device: torch.device, budget: int | None) -> Place:
+def look(device: torch.device, budget: int | None, memory_utilization: float | None = None) -> Place:
     """What a cache on `device` would find there; `budget` as `memory` of `KVCache`.
 
     Raises: as opening a cache there.
@@ -98,7 +98,7 @@ def look(device: torch.device, budget: int | None) -> Place:
     driver = _open_driver(device, guard=False)
     try:
         if budget is None:
-            budget = default_budget(driver, None)
+            budget = default_budget(driver, memory_utilization)
         return Place(device.type, budget, driver.granularity, driver.mappings.free)
     finally:
         driver.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from vattention.cache.arguments import checked_length, checked_lengths, checked_slot
 from vattention.cache.layout import KVLayout
 from vattention.cache.opening import integer
-from vattention.cache.stats import CacheStats
+from vattention.cache.stats import CacheStats, SlotStats
 from vattention.errors import ConfigError, InvalidRequest, OutOfPages
 from vattention.memory.sizes import format_size, parse_size
 
@@ -240,6 +241,20 @@ class PagedKVCache:
                 driver_calls={},
                 driver_seconds=0.0,
                 prefetch_failures=0,
+            )
+
+    def slots(self) -> tuple[SlotStats, ...]:
+        """Every slot at one moment, by number, with blocks for pages. Safe from any thread."""
+        with self._owned():
+            return tuple(
+                SlotStats(
+                    live=length is not None,
+                    tokens=length or 0,
+                    mapped=len(blocks) * self._block_bytes,
+                    needed=(length or 0) * self.layout.bytes_per_token,
+                    shared=bisect_left(blocks, True, key=lambda block: self._refs[block] <= 1) * self._block_bytes,
+                )
+                for length, blocks in zip(self._lengths, self._tables, strict=True)
             )
 
     def close(self) -> None:

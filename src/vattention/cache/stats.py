@@ -6,6 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True)
+class SlotStats:
+    """One slot of a cache at one moment, in bytes.
+
+    Attributes:
+        live: somebody holds it. What an idle slot has mapped is what a finished request left for the next.
+        tokens: its length.
+        mapped: pages behind it, what it inherited included.
+        needed: what its tokens take.
+        shared: pages below its length that are mapped elsewhere too, part of `mapped`; an estimate where rollbacks and
+            `reorder` have left pages of this slot past another's length.
+    """
+
+    live: bool
+    tokens: int
+    mapped: int
+    needed: int
+    shared: int
+
+
 @dataclass(frozen=True)
 class CacheStats:
     """Memory of a cache in bytes, its pages by state, and what the driver had to do for it.

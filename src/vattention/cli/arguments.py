@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vattention.cli import bench, chat, generate, info, verify
+from vattention.cli import bench, chat, generate, info, serve, verify
 from vattention.cli.options import Parser
 
 
@@ -27,6 +27,6 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     chosen = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (chat, generate, info, verify, bench):
+    for command in (chat, generate, serve, info, verify, bench):
         command.add_to(chosen)
     return top

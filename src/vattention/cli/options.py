@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 USAGE = 2
 FAILED = 1
 MODEL = ("dtype", "device", "trust_remote_code")
-CAPACITY = ("max_model_len", "kv_cache_memory", "page_size", "max_num_seqs", "max_num_batched_tokens")
-FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile", "attention_kernel")
+CAPACITY = (
+    "max_model_len",
+    "kv_cache_memory",
+    "memory_utilization",
+    "page_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
+FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile", "cuda_graphs", "attention_kernel")
 LAYOUT = ("head_major", "layers_per_stream", "kv_together")
 CHOICE = (*LAYOUT, "expected_tokens")
 CHECKS = ("guard", "poison")
@@ -67,6 +74,7 @@ def add_capacity(parser: argparse.ArgumentParser, *, without: Collection[str] = 
     for name, kind, metavar, about in (
         ("max_model_len", int, "N", "tokens of the longest request (the model's)"),
         ("kv_cache_memory", str, "SIZE", 'physical memory for K and V, such as "2GiB" (half of what is left)'),
+        ("memory_utilization", float, "SHARE", "of a GPU's memory to be in use when the cache is full (0.9)"),
         ("page_size", str, "SIZE", 'such as "64KiB" (the cache chooses)'),
         ("max_num_seqs", int, "N", "requests computed at once (16)"),
         ("max_num_batched_tokens", int, "N", "tokens in one forward pass (512)"),
@@ -83,6 +91,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, metavar="N", help="tokens of a block with --cache paged (16)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
     add("--compile", action=switch, help="compile the model in the background (off)")
+    add("--cuda-graphs", action=switch, help="of a GPU: replay decode passes from captured graphs (on)")
     add("--attention-kernel", metavar="NAME", help="flash, flex, flashinfer, ... instead of the fastest (auto)")
 
 

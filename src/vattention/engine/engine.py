@@ -9,7 +9,7 @@ from typing import Any
 
 from vattention.cache import Cache
 from vattention.engine.adjustment import Adjuster
-from vattention.engine.answer import request_output, update_text
+from vattention.engine.answer import Seen, request_output, update_text
 from vattention.engine.attempt import attempt
 from vattention.engine.detokenizer import Vocabulary
 from vattention.engine.outputs import RequestOutput
@@ -19,7 +19,9 @@ from vattention.engine.request import Chunk, Request
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import SamplingParams, whole
 from vattention.engine.scheduler import Scheduler
-from vattention.errors import InvalidRequest
+from vattention.engine.snapshot import Snapshot, take_snapshot
+from vattention.engine.tally import Tally
+from vattention.errors import InvalidRequest, PromptTooLong
 
 
 class Engine:
@@ -64,6 +66,7 @@ class Engine:
         self._seed = seed
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self._added = 0
+        self._tally = Tally()
         self._requests: dict[str, Request] = {}
 
     @property
@@ -89,13 +92,13 @@ class Engine:
             raise InvalidRequest("the prompt is empty: give at least one token")
         needed = len(prompt) + 1
         if needed > self._max_model_len:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"a prompt of {len(prompt)} tokens and one more do not fit max_model_len={self._max_model_len}:"
                 " shorten the prompt or raise max_model_len"
             )
         capacity = self._cache.capacity()
         if needed > capacity:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"a prompt of {len(prompt)} tokens and one more can never fit: the KV budget holds {capacity} tokens:"
                 " shorten the prompt or raise kv_cache_memory"
             )
@@ -159,14 +162,29 @@ class Engine:
             self._end(sample)
         return True
 
-    def output(self, request: Request, prompt: str | None = None) -> RequestOutput:
+    def output(self, request: Request, prompt: str | None = None, seen: Seen | None = None) -> RequestOutput:
         """What has come of a request so far, all samples of it.
 
         Args:
             request: what `add_request` returned.
             prompt: the text of its prompt, to be handed through.
+            seen: one object for each reader who wants what is new only: see `request_output`.
         """
-        return request_output(request, self._vocabulary, prompt)
+        return request_output(request, self._vocabulary, prompt, seen)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return self._max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._vocab_size
+
+    def snapshot(self) -> Snapshot:
+        """Who waits and runs, the slots, the memory, and what was done so far. Cheap, and changes nothing."""
+        return take_snapshot(self.scheduler, self._cache, self._tally)
 
     def step(self) -> list[Request]:
         """One forward pass. Returns what got a token or ended, in no particular order: each sample of a request.
@@ -199,20 +217,20 @@ class Engine:
         return moved
 
     def warmup(self) -> None:
-        """Whatever is made ready on first use, made ready: what is being compiled, and a small forward pass.
+        """Whatever is made ready on first use, made ready: what is being compiled, graphs, and a small forward pass.
 
         Raises:
             InvalidRequest: requests are under way.
         """
         if self._requests:
             raise InvalidRequest("warm up before requests are added")
-        self._runner.wait()
         request = Request("warmup", (0, 0), SamplingParams(), seed=0)
         slot = self._cache.alloc()
         if slot is None:
             raise InvalidRequest("no slot is free: somebody else uses this engine's cache")
         try:
             self._cache.step({slot: request.num_tokens})
+            self._runner.capture(slot)
             self._runner.forward([Chunk(request, slot, 0, request.num_tokens)])
         finally:
             self._cache.free(slot)
@@ -230,6 +248,7 @@ class Engine:
 
     def _note(self, chunks: Sequence[Chunk], reading: Reading) -> None:
         """Hand new tokens out, and see who is done. What fails here fails for one request alone."""
+        self._tally.passed(chunks)
         for chunk, score in zip(chunks, reading.scores, strict=True):
             chunk.request.computed = chunk.end
             chunk.request.suspect &= not chunk.samples
@@ -256,6 +275,7 @@ class Engine:
         sample.output_token_ids.append(new.token)
         sample.scheduled = sample.scheduled or sample.family[0].scheduled  # its first pass was the leader's
         sample.token_times.append(now)
+        self._tally.token(sample)
         if new.logprobs is not None:
             sample.logprobs.append(new.logprobs)
         self._see_whether_it_ends(sample, new.token)
@@ -303,6 +323,6 @@ class Engine:
     def _end(self, sample: Request) -> None:
         """Be done with a sample, giving its slot back. One that has not finished is aborted."""
         sample.finish_reason = sample.finish_reason or "abort"
-        if sample.all_finished:
-            self._requests.pop(sample.request_id, None)
+        if sample.all_finished and self._requests.pop(sample.request_id, None) is not None:
+            self._tally.over(sample.family[0])
         self.scheduler.release(sample)

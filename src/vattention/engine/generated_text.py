@@ -56,7 +56,25 @@ class GeneratedText:
         """What may be shown: without an end that may yet turn out to be the beginning of a stop string."""
         whole = "".join(self._parts)
         self._parts = [whole]
-        return whole if self._complete else whole[: len(whole) - beginning_of_stop(self._recent, self._stops)]
+        return whole[: self.shown]
+
+    @property
+    def shown(self) -> int:
+        """Characters of `text`. It never becomes less."""
+        return self._length - (0 if self._complete else beginning_of_stop(self._recent, self._stops))
+
+    def since(self, seen: int) -> str:
+        """`text` without its first `seen` characters. It costs what is returned, however long the text is."""
+        if not seen:
+            return self.text
+        parts: list[str] = []
+        missing = self._length - seen
+        while missing > 0:
+            part = self._parts[-1 - len(parts)]
+            parts.append(part[-missing:])
+            missing -= len(part)
+        new = "".join(reversed(parts))
+        return new[: self.shown - seen]
 
 
 def first_stop(text: str, stops: Sequence[str], old: int) -> tuple[int, int, str] | None:

@@ -19,18 +19,19 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from vattention.engine.answer import Seen
 from vattention.engine.engine import Engine
 from vattention.engine.outputs import RequestOutput
 from vattention.engine.request import Request
-from vattention.engine.sampling_params import SamplingParams
+from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
 from vattention.errors import EngineError, InvalidRequest, VAttentionError
 
 T = TypeVar("T")
 
 Listener = Callable[[RequestOutput | BaseException], object]
-"""Told of one request, in the engine's thread: each time something new came, all of it so far. The last call has an
-output that is `finished`, or the error that ended the request; after that there is none. It must not block. Returning
-False, or raising, says that nobody listens any more, and aborts the request."""
+"""Told of one request, in the engine's thread, each time something new came: as much of it as its `output_kind` says.
+The last call has an output that is `finished`, or the error that ended the request; after that there is none. It must
+not block. Returning False, or raising, says that nobody listens any more, and aborts the request."""
 
 _EXIT_SECONDS = 10.0
 """How long the end of the interpreter waits for the pass under way."""
@@ -46,6 +47,7 @@ class Ticket:
     params: SamplingParams
     priority: int
     listener: Listener
+    seen: Seen | None = None
     request: Request | None = None
     over: bool = False
 
@@ -251,6 +253,7 @@ class EngineLoop:
         except BaseException as error:  # noqa: BLE001
             self._tell(ticket, error)
         else:
+            ticket.seen = Seen() if ticket.params.output_kind is RequestOutputKind.DELTA else None
             self._tickets[ticket.request_id] = ticket
 
     def _abort(self, ticket: Ticket) -> None:
@@ -286,8 +289,10 @@ class EngineLoop:
         if request.error is not None:
             self._tell(ticket, request.error)
             return
+        if ticket.params.output_kind is RequestOutputKind.FINAL_ONLY and not request.all_finished:
+            return
         try:
-            output = self._engine.output(request, ticket.prompt)
+            output = self._engine.output(request, ticket.prompt, ticket.seen)
         except Exception as error:  # noqa: BLE001
             self._engine.abort(ticket.request_id)
             self._tell(ticket, error)

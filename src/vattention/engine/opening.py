@@ -8,17 +8,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 import torch
 
 from vattention.attention import choose
-from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
-from vattention.cache.choosing import Auto, Choice, Given, choose
+from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache, choosing
+from vattention.cache.choosing import Auto, Choice, Given
 from vattention.cache.opening import look
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
+from vattention.engine.budget import activation_bytes, check_share, settle_budget
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
+from vattention.engine.graphs import CudaCapture
 from vattention.engine.kernels import check_layers, named_kernel
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
@@ -54,6 +57,8 @@ class LLMOptions(TypedDict, total=False):
     block_size: int | None
     enable_prefix_caching: bool
     compile: bool
+    cuda_graphs: bool | None
+    memory_utilization: float | None
     seed: int
     trust_remote_code: bool
     attention_kernel: str | None
@@ -89,6 +94,8 @@ def open_engine(
     block_size: int | None = None,
     enable_prefix_caching: bool = False,
     compile: bool = False,
+    cuda_graphs: bool | None = None,
+    memory_utilization: float | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
     attention_kernel: str | None = None,
@@ -102,7 +109,11 @@ def open_engine(
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
     place = _place(model, device)
-    _refuse_what_is_not_built(enable_prefix_caching, place.type, compile=compile)
+    _refuse_what_is_not_built(enable_prefix_caching)
+    if cuda_graphs and (place.type != "cuda" or cache == "paged"):
+        raise ConfigError("cuda_graphs=True is for a GPU and the virtual cache: leave it out")
+    graphs = place.type == "cuda" and cache != "paged" and cuda_graphs is not False
+    check_share(memory_utilization, place, given=kv_cache_memory is not None)
     _check_cache(
         cache,
         block_size,
@@ -150,20 +161,36 @@ def open_engine(
     choice: Choice | None = None
     kv_cache: Cache
     if cache == "paged":
-        memory = look(place, budget).budget
+        memory = look(place, budget, memory_utilization).budget
         size = block_size or DEFAULT_BLOCK_SIZE
         kv_cache = PagedKVCache(layout, memory=memory, device=place, block_size=size, poison=poison)
     else:
         given = Given(head_major, layers_per_stream, kv_together, page)
-        choice = choose(layout, look(place, budget), expected_tokens=expected_tokens, given=given)
+        found = look(place, budget, memory_utilization)
+        choice = choosing.choose(layout, found, expected_tokens=expected_tokens, given=given)
+        # Of a GPU, and without a size, the budget is provisional: graphs need the addresses to be there.
         kv_cache = KVCache(
-            choice.layout, device=place, memory=budget, page_size=choice.page_size, guard=guard, poison=poison
+            choice.layout,
+            device=place,
+            memory=budget,
+            memory_utilization=memory_utilization,
+            page_size=choice.page_size,
+            guard=guard,
+            poison=poison,
         )
     try:
         if kernel is not None:
             check_layers(kernel, loaded.model, kv_cache)
+        runner = Runner(
+            loaded.model,
+            kv_cache,
+            kernel=kernel or choose.prepare,
+            compile=compile,
+            capture=CudaCapture(place) if graphs else None,
+            plan=choose.decode_plan if kernel is None else partial(choose.decode_plan, kernel=kernel.name),
+        )
         engine = Engine(
-            Runner(loaded.model, kv_cache, kernel=kernel or choose.prepare, compile=compile),
+            runner,
             kv_cache,
             vocab_size=shape.vocab_size,
             max_num_seqs=max_num_seqs,
@@ -173,6 +200,11 @@ def open_engine(
             seed=seed,
             tokenizer=loaded.tokenizer,
         )
+        if graphs:
+            engine.warmup()  # so that what they take is known before pages take it
+        if place.type == "cuda" and budget is None and isinstance(kv_cache, KVCache):
+            taken = activation_bytes(loaded.model, rows, max_num_seqs)
+            settle_budget(kv_cache, memory_utilization, taken)
         _announce(loaded, kv_cache, budget, choice)
     except BaseException:
         kv_cache.close()
@@ -220,11 +252,9 @@ def _place(model: Model, device: str) -> torch.device:
     return model.device
 
 
-def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, compile: bool) -> None:
+def _refuse_what_is_not_built(enable_prefix_caching: bool) -> None:
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
-    if place != "cpu" and compile:
-        raise ConfigError("compile=True is built for CPUs only so far: leave it off")
 
 
 def _check_cache(cache: str, block_size: int | None, **virtual: bool) -> None:

@@ -32,7 +32,7 @@ Logprobs = tuple[Mapping[int, Logprob], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOutput:
-    """One continuation of a prompt.
+    """One continuation of a prompt, or what is new of it (`RequestOutputKind.DELTA`).
 
     Attributes:
         index: which of the request's samples.
@@ -63,7 +63,7 @@ class RequestMetrics:
         queue_time: from its arrival to its first pass; None before that.
         prefill_time: from its first pass to its first token.
         time_to_first_token: the sum of both.
-        token_times: for each sample, when each of its tokens came, since the arrival.
+        token_times: for each sample, when each of its tokens came, since the arrival: those that the output is about.
         preemptions: how often a sample had to give its slot back.
     """
 
@@ -81,9 +81,10 @@ class RequestOutput:
 
     Attributes:
         prompt: the text given, or None for a prompt of token ids.
-        outputs: one per sample, in order.
+        outputs: one per sample, in order; with `RequestOutputKind.DELTA` those with something new.
         finished: nothing more will come.
-        prompt_logprobs: None for the first token, then one for each; None unless asked for.
+        prompt_logprobs: None for the first token, then one for each; None unless asked for. With
+            `RequestOutputKind.DELTA` they come with the first tokens.
         metrics: where the time went.
     """
 

@@ -20,11 +20,12 @@ class TokenizedPrompt(NamedTuple):
     token_ids: Sequence[int]
 
 
-def tokenize(tokenizer: Any | None, prompt: object) -> TokenizedPrompt:
+def tokenize(tokenizer: Any | None, prompt: object, *, add_special_tokens: bool = True) -> TokenizedPrompt:
     """Take a `Prompt` apart.
 
     Args:
         tokenizer: of transformers; None serves token ids only.
+        add_special_tokens: those that the tokenizer begins or ends a text with.
 
     Raises:
         TypeError: no `Prompt`. InvalidRequest: a dictionary with other keys, text that is not Unicode, or no tokenizer
@@ -44,7 +45,7 @@ def tokenize(tokenizer: Any | None, prompt: object) -> TokenizedPrompt:
             f"a prompt is a str or a dictionary, not {type(prompt).__name__};"
             ' token ids go into {"prompt_token_ids": [...]}'
         )
-    return TokenizedPrompt(prompt, text_ids(tokenizer, prompt))
+    return TokenizedPrompt(prompt, text_ids(tokenizer, prompt, add_special_tokens=add_special_tokens))
 
 
 def tokenize_chat(tokenizer: Any | None, messages: Sequence[Message], **options: Any) -> TokenizedPrompt:

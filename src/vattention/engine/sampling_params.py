@@ -9,11 +9,23 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from vattention.errors import InvalidRequest
 
 _MOST_SAMPLES = 16_384  # more is a slip of the hand, and would be felt before it is noticed
 _MOST_BIAS = 100.0
+
+
+class RequestOutputKind(Enum):
+    """What the outputs of `AsyncLLM` hold while a request runs; `LLM` returns all there is at the end."""
+
+    CUMULATIVE = 0
+    """Everything so far, each time. It costs what has been generated: use it where answers are short."""
+    DELTA = 1
+    """What came since the reader's last output. Of the samples, those with something new."""
+    FINAL_ONLY = 2
+    """Nothing before the end, then everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,7 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt but the first.
         detokenize: make text. Without it `stop` cannot work.
         skip_special_tokens: leave special tokens out of the text.
+        output_kind: what outputs that come while the request runs hold.
 
     Raises:
         TypeError: a value of the wrong type. InvalidRequest: one out of range, or values that exclude each other.
@@ -72,11 +85,14 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, not {type(getattr(self, name)).__name__}")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise TypeError(f"output_kind must be a RequestOutputKind, not {type(self.output_kind).__name__}")
         _number("temperature", self.temperature, at_least=0)
         _number("top_p", self.top_p, above=0, at_most=1)
         _number("min_p", self.min_p, at_least=0, at_most=1)

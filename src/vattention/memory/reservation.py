@@ -54,6 +54,12 @@ class Reservation:
         """The physical page at `index`, or None."""
         return self._table.get(index)
 
+    def pages(self, index: int, pages: int) -> Iterator[int]:
+        """The physical pages mapped at [index, index + pages), in order."""
+        index, pages = self._range(index, pages)
+        found = map(self._table.get, range(index, index + pages))
+        return (page for page in found if page is not None)
+
     def runs(self, index: int, pages: int) -> list[Run]:
         """The mapped pages of [index, index + pages), in order, as runs."""
         index, pages = self._range(index, pages)

@@ -1,0 +1,1 @@
+"""The online front door: an OpenAI-compatible endpoint over `AsyncLLM`. Needs the extra `server`."""
