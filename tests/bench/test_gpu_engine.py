@@ -81,15 +81,15 @@ def test_prompts_end_shortly_before_a_page_does(tokens_per_page, batch):
 def test_the_engine_over_slots_and_over_blocks(model, tmp_path):
     report = serving.serving(SETTING, model=model)
     samples = report.samples
-    assert set(samples["served"]) == set(samples["decode_seconds"]) == {"slots", "blocks of 256"}
+    assert set(samples["served"]) == set(samples["decode_seconds"]) == {"slots", "slots, no graphs", "blocks of 256"}
     for name, served in samples["served"].items():
         assert served["done"] == served["requests"] == 4 == len(served["latencies"])
         assert served["per_minute"] > 0
         assert set(samples["decode_seconds"][name]) == {1, 3}
-    assert samples["ratio"] == pytest.approx(
-        samples["served"]["slots"]["per_minute"] / samples["served"]["blocks of 256"]["per_minute"]
-    )
-    assert "slots over blocks" in report.text
+    slots, alike, blocks = (served["per_minute"] for served in samples["served"].values())
+    expected = {"slots": slots / blocks, "slots, no graphs": alike / blocks}
+    assert samples["over_blocks"] == pytest.approx(expected)
+    assert "slots, no graphs over blocks of 256, requests a minute" in report.text
     assert "CPU kernel through a block table" in report.text
     plot(tmp_path / "x.png", report.panels, title="tiny")
     json.dumps(samples)
@@ -107,8 +107,8 @@ def test_a_workload_that_is_not_through_counts_what_is(model):
 def test_an_engine_that_cannot_be_is_named_and_the_other_measured(model, monkeypatch):
     monkeypatch.setitem(serving._ENGINES, "blocks of 256", {"cache": "paged", "block_size": 1 << 30})
     report = serving.serving(SETTING, model=model)
-    assert set(report.samples["served"]) == {"slots"}
-    assert report.samples["ratio"] is None
+    assert set(report.samples["served"]) == {"slots", "slots, no graphs"}
+    assert report.samples["over_blocks"] == {}
     assert "blocks of 256: not measured: ConfigError" in report.text
 
 
