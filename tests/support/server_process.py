@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class Server:
     """`vattention serve`, as it runs."""
 
     process: subprocess.Popen[str]
-    lines: list[str] = field(default_factory=list)
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=100_000))
     port: int = 0
 
     def events(self, message: str | None = None) -> list[dict[str, Any]]:
