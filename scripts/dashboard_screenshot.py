@@ -82,7 +82,8 @@ async def load(url: str, stop: threading.Event) -> None:
         while not stop.is_set():
             samples = 4 if number % 3 == 0 else 1
             if samples <= free:
-                prompt = " ".join(chance.choice(TEXT.split()) for _ in range(chance.choice([40, 120, 250, 400])))
+                words = chance.choice([250, 400] if samples > 1 else [40, 120, 250, 400])
+                prompt = " ".join(chance.choice(TEXT.split()) for _ in range(words))
                 body = {"model": MODEL, "prompt": prompt, "max_tokens": chance.choice([40, 80, 160]), "n": samples}
                 body |= {"temperature": 1, "seed": number, "ignore_eos": True}
                 tasks.add(asyncio.create_task(one(samples, body)))
@@ -104,7 +105,8 @@ def shoot(chromium: str, url: str, options: argparse.Namespace) -> None:
         page.goto(f"{url}/dashboard")
         for _ in range(600):
             now = httpx.get(f"{url}/dashboard/data", params={"after": 10**9}).json()["now"]
-            if sum(live and shared > 0 for live, _, _, _, shared in now["slots"]) >= SLOTS // 2:
+            live = [slot for slot in now["slots"] if slot[0]]
+            if len(live) > SLOTS // 2 and sum(slot[4] for slot in live) > sum(slot[3] for slot in live) / 3:
                 break
             time.sleep(0.2)
         page.wait_for_timeout(1500)

@@ -317,3 +317,17 @@ def test_a_browser_says_when_the_server_does_not_answer_any_more(model, browser)
             eventually(lambda: page.inner_text("#status") == "the engine has stopped")
         eventually(lambda: page.inner_text("#status") == "no answer")
         page.close()
+
+
+def test_with_api_keys_a_browser_needs_one_as_a_password(model, browser):
+    with open_engine(model) as llm, serving(new_app(llm, api_keys=("correct-horse",))) as url:
+        for path in ("/dashboard", "/dashboard/data", "/metrics"):
+            assert httpx.get(url + path).status_code == 401
+            assert httpx.get(url + path, headers={"authorization": "Bearer correct-horse"}).status_code == 200
+        context = browser.new_context(http_credentials={"username": "anybody", "password": "correct-horse"})
+        page = context.new_page()
+        page.goto(f"{url}/dashboard")
+        eventually(lambda: page.inner_text("#status") == "live")
+        assert page.locator(".slot").count() == 4
+        assert "correct-horse" not in page.content()
+        context.close()
