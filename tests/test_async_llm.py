@@ -13,13 +13,15 @@ import warnings
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.models import demo_model, loaded, prompts_of, tiny_model
-from vattention import LLM, AsyncLLM, RequestOutput, SamplingParams
+from vattention import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from vattention.engine.answer import joined
 from vattention.engine.loading import LoadedModel
 from vattention.errors import ConfigError, EngineError, InvalidRequest
 
@@ -141,6 +143,92 @@ def test_the_last_output_is_that_of_llm(tiny: LoadedModel, llm: AsyncLLM, params
     got = run(last_of(llm.generate("Hello, how are you?", params)))
     for name in ("prompt", "prompt_token_ids", "outputs", "finished", "prompt_logprobs"):
         assert getattr(got, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))
+def test_deltas_make_up_the_whole(llm: AsyncLLM, params: SamplingParams) -> None:
+    whole = run(last_of(llm.generate("Hello, how are you?", params)))
+
+    async def main(pause: float) -> list[RequestOutput]:
+        pieces = []
+        deltas = replace(params, output_kind=RequestOutputKind.DELTA)
+        async with aclosing(llm.generate("Hello, how are you?", deltas)) as outputs:
+            async for output in outputs:
+                pieces.append(output)
+                await asyncio.sleep(pause)
+        return pieces
+
+    for pause in (0.0, 0.02):  # a reader that is quicker, and one that is slower than the engine
+        pieces = run(main(pause))
+        assert pieces[-1].finished
+        got = joined(pieces)
+        for sample, expected in zip(got.outputs, whole.outputs, strict=True):
+            for name in ("index", "text", "token_ids", "logprobs", "finish_reason", "stop_reason"):
+                assert getattr(sample, name) == getattr(expected, name)
+            assert sample.cumulative_logprob == pytest.approx(expected.cumulative_logprob)
+        assert (got.prompt_logprobs, got.prompt) == (whole.prompt_logprobs, whole.prompt)
+        assert [len(times) for times in got.metrics.token_times] == [len(each.token_ids) for each in got.outputs]
+        for piece in pieces:
+            assert all(each.token_ids or each.finish_reason for each in piece.outputs), "nothing is told twice"
+
+
+@pytest.mark.parametrize("params", PARAMS[:2], ids=range(2))
+def test_the_last_output_alone(llm: AsyncLLM, params: SamplingParams) -> None:
+    whole = run(last_of(llm.generate("Hello", params)))
+
+    async def main() -> list[RequestOutput]:
+        last = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+        return [output async for output in llm.generate("Hello", last)]
+
+    (output,) = run(main())
+    assert output.finished
+    assert output.outputs == whole.outputs
+
+
+def test_deltas_that_nobody_reads_are_few(tiny: LoadedModel) -> None:
+    llm = open_llm(tiny)
+
+    async def main() -> None:
+        long = replace(ENDLESS, output_kind=RequestOutputKind.DELTA, max_tokens=120)
+        outputs = llm.generate({"prompt_token_ids": [1, 2]}, long)
+        first = await anext(outputs)
+        mailbox = outputs.ag_frame.f_locals["mailbox"]  # type: ignore[attr-defined]
+        while await asyncio.wrap_future(llm._loop.call(lambda: llm._engine.unfinished)):
+            await asyncio.sleep(0.01)
+        assert len(mailbox._news) <= 65
+        second = await anext(outputs)
+        assert len(ids(first)) + len(ids(second)) == 120
+        assert second.finished
+        with pytest.raises(StopAsyncIteration):
+            await anext(outputs)
+
+    run(main())
+    llm.close()
+
+
+def test_deltas_come_before_the_error(tiny: LoadedModel) -> None:
+    llm = open_llm(tiny)
+    output = llm._engine.output
+
+    def breaks(request: Any, prompt: Any, seen: Any) -> Any:
+        if len(request.output_token_ids) == 5:
+            raise ValueError("no such character")
+        return output(request, prompt, seen)
+
+    llm._engine.output = breaks  # type: ignore[method-assign]
+
+    async def main() -> None:
+        seen = 0
+        outputs = llm.generate("Hello", replace(ENDLESS, output_kind=RequestOutputKind.DELTA))
+        while seen < 4:
+            seen += len(ids(await anext(outputs)))
+            await asyncio.sleep(0.05)  # by the end of the first the error has come
+        assert seen == 4
+        with pytest.raises(ValueError, match="no such character"):
+            await anext(outputs)
+
+    run(main())
+    llm.close()
 
 
 def test_every_form_of_a_prompt_and_the_defaults(llm: AsyncLLM) -> None:

@@ -130,7 +130,7 @@ def test_standard_input_is_a_prompt_file(chatty: str, typed: Any) -> None:
     assert code == 0
     assert out.startswith("Prompt: Hello\nworld\nAnswer: ")
     assert "KV cache at its fullest" not in out
-    assert len(err.splitlines()) == 1
+    assert len(err.splitlines()) == 2  # memory and layout
     assert typed(["generate", chatty, "--prompt-file", "-", "--prompt-file", "-"])[0] == 2
 
 

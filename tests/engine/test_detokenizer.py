@@ -103,6 +103,26 @@ def test_a_token_costs_the_same_at_the_end_of_a_long_text() -> None:
     assert text.text == "some wörds and 🙂. " * 200
 
 
+def test_what_is_new_costs_no_more_at_the_end_of_a_long_text() -> None:
+    tokens = spell(LEVEL, "some words. ") * 500
+    text = GeneratedText(Vocabulary(LEVEL), SamplingParams(stop=["never there"]))
+    pieces, shown, read = [], 0, 0
+
+    class Counted(list[str]):
+        def __getitem__(self, index: Any) -> Any:
+            nonlocal read
+            read += 1
+            return super().__getitem__(index)
+
+    for count in range(len(tokens)):
+        text.update(tokens[: count + 1], last=count + 1 == len(tokens))
+        text._parts = Counted(text._parts) if count == 0 else text._parts
+        pieces.append(text.since(shown))
+        shown += len(pieces[-1])
+    assert "".join(pieces) == "some words. " * 500
+    assert read < 3 * len(tokens)
+
+
 # -- stop strings -----------------------------------------------------------------------------------------------------
 
 
@@ -139,8 +159,10 @@ def test_stop_strings_are_found_wherever_tokens_end(
         fed = min(fed + size, len(tokens))
         found = generated.update(tokens[:fed], last=fed == len(tokens))
         assert generated.text.startswith(shown), "what was shown is never taken back"
+        assert generated.since(len(shown)) == generated.text[len(shown) :], "what is new, without reading it all"
         shown = generated.text
         assert expected.startswith(shown), "nothing of the stop string is shown"
+        assert (generated.shown, generated.since(len(shown))) == (len(shown), "")
         if found or fed == len(tokens):
             break
     assert (shown, found) == (expected, stop)

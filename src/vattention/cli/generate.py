@@ -61,7 +61,7 @@ def add_to(commands: Any) -> None:
     add("--n", type=int, metavar="N", help="answers to each prompt; needs a temperature (1)")
     add("--logprobs", type=int, metavar="K", help="show each token's log-probability and those of the K most likely")
     add("--prompt-logprobs", type=int, metavar="K", help="the same for the tokens of the prompt; JSON lines only")
-    add_layout(parser)
+    add_layout(parser, chosen=True)
     add_checks(parser)
 
 

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vattention.errors import EngineError, InvalidRequest, OutOfPages
+from vattention.errors import EngineError, InvalidRequest, OutOfPages, PromptTooLong
 from vattention.server.admission import Overloaded
 from vattention.server.strict_json import JsonResponse
 
@@ -24,6 +24,9 @@ _TYPES = {
     504: "timeout_error",
 }
 """The `type` of an error by its status; else "invalid_request_error" below 500 and "server_error" from there."""
+
+
+_MOST_MEANINGS = 5
 
 
 class ApiError(Exception):
@@ -68,6 +71,8 @@ def api_error(error: BaseException) -> ApiError:
         return _validation(error.errors())
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, PromptTooLong):
+        return ApiError(400, str(error), param="prompt", code="context_length_exceeded")
     if isinstance(error, InvalidRequest):
         return ApiError(400, str(error))
     if isinstance(error, Overloaded):
@@ -102,5 +107,10 @@ def _validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
-    param = where[0] if where else None
-    return ApiError(400, f"{'.'.join(where) or 'the body'}: {first['msg']}", param=param)
+    if not where:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    param = where[0]
+    # A field that may be of several types has an error for each.
+    meanings = dict.fromkeys(error["msg"] for error in errors if error["loc"][1:2] == first["loc"][1:2])
+    name = ".".join(where) if len(meanings) == 1 else param
+    return ApiError(400, f"{name}: {'; or: '.join(list(meanings)[:_MOST_MEANINGS])}", param=param)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vattention.engine.outputs import RequestOutput
 from vattention.engine.sampling_params import SamplingParams
+from vattention.server.errors import ApiError
 from vattention.server.middleware import current_record
 from vattention.server.state import ServerState
 
@@ -73,6 +74,8 @@ async def deltas(state: ServerState, jobs: Sequence[Job]) -> AsyncGenerator[tupl
 async def _outputs(state: ServerState, job: Job) -> AsyncGenerator[RequestOutput, None]:
     record = current_record()
     record.prompt_tokens += len(job.token_ids)
+    if not state.llm.running:
+        raise ApiError(503, "the engine has stopped: this server has to be started again", code="engine")
     prompt = {"prompt_token_ids": job.token_ids}
     async with aclosing(state.llm.generate(prompt, job.params, job.request_id, priority=job.priority)) as outputs:
         async for output in outputs:
