@@ -309,12 +309,17 @@ def test_the_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_one_line_at_start_says_what_memory_is_for(tiny: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_at_start_about_memory_and_one_about_the_layout(
+    tiny: LoadedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     with LLM(tiny, max_num_seqs=4, kv_cache_memory="4MiB", max_model_len=128) as llm:
         capacity = llm.engine._cache.capacity()
+        assert (llm.layout.name, llm.layout.page_size) == ("token-major", llm.engine._cache.pool.page_size)
+        chosen = str(llm.layout)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert err.splitlines()[1] == f"vattention: {chosen}"
     for part in ("of weights (float32)", "4 x 128 tokens", "4 MiB physical budget", f"{capacity} tokens fit"):
         assert part in err
     with pytest.raises(InvalidRequest, match="closed"):
@@ -409,6 +414,8 @@ def test_use_after_close(tiny: LoadedModel) -> None:
         ({"page_size": 1000}, "page"),
         ({"seed": -1}, "seed"),
         ({"layers_per_stream": 0}, "layers_per_stream"),
+        ({"expected_tokens": 0}, "expected_tokens"),
+        ({"cache": "paged", "expected_tokens": 9}, "expected_tokens mean"),
     ],
 )
 def test_options_that_cannot_work(tiny: LoadedModel, options: dict[str, Any], message: str) -> None:

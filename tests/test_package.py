@@ -13,7 +13,7 @@ ERRORS = [
 ]
 OUTPUTS = ["RequestOutput", "CompletionOutput", "Logprob", "RequestMetrics"]
 PUBLIC = [
-    *("LLM", "AsyncLLM", "SamplingParams", "RequestOutputKind", *OUTPUTS),
+    *("LLM", "AsyncLLM", "SamplingParams", "StructuredOutput", "RequestOutputKind", *OUTPUTS),
     *("KVCache", "KVLayout", "CacheStats", "VirtualCache", *ERRORS),
 ]
 

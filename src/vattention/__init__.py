@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vattention.cache import CacheStats, KVCache, KVLayout
     from vattention.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
+    from vattention.engine.structured import StructuredOutput
     from vattention.errors import (
         ConfigError,
         DriverError,
@@ -36,6 +37,7 @@ _HOME = {
     "RequestOutput": "vattention.engine.outputs",
     "RequestOutputKind": "vattention.engine.sampling_params",
     "SamplingParams": "vattention.engine.sampling_params",
+    "StructuredOutput": "vattention.engine.structured",
     "AsyncLLM": "vattention.async_llm",
     "LLM": "vattention.llm",
     "VirtualCache": "vattention.integrations.transformers_cache",
@@ -67,6 +69,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutput",
     "UnsupportedModel",
     "VAttentionError",
     "VirtualCache",

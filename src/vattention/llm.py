@@ -10,6 +10,7 @@ import torch
 
 from vattention.async_llm import AsyncLLM
 from vattention.cache import CacheStats
+from vattention.cache.choosing import Choice
 from vattention.engine.chat import Message
 from vattention.engine.engine import Engine
 from vattention.engine.opening import LLMOptions, Model, OpenEngine, open_engine
@@ -36,19 +37,28 @@ class LLM:
             memory is reserved for it.
         max_num_seqs: requests computed at once; None: 16, or max_num_batched_tokens where that is less.
         kv_cache_memory: physical memory for K and V, bytes or a string like "2GiB"; None: half of what is left after
-            the weights, or the whole reservation where that is less; of a GPU, what brings it to nine tenths in use.
+            the weights, or the whole reservation where that is less; of a GPU, what `memory_utilization` leaves.
         page_size: bytes or a string, None to let the cache choose.
         cache: "virtual", or "paged": K and V in blocks behind a block table, taken up front, as other engines keep
-            them. For comparison; it takes none of page_size, head_major, layers_per_stream, kv_together and guard.
+            them. For comparison; it takes none of page_size, guard and what is about the layout.
         block_size: tokens of a block where cache is "paged"; None: 16.
         enable_prefix_caching: not built yet.
         compile: compile the model's layers in the background, from the start: passes run as they are until that has
             ended, or `warmup` has returned, and faster from then on. Off, because it takes the processors for some
-            seconds. Where it is not possible there is one warning; not built for a GPU.
+            seconds. Where it is not possible there is one warning. With cuda_graphs opening waits for it.
+        cuda_graphs: of a GPU: capture passes of decodes into CUDA graphs when opening, which takes seconds; on unless
+            False. Where that is not possible there is one warning. Tokens are the same with and without.
+        memory_utilization: share of a GPU's memory that is in use when the cache is full, 0.9 by default: weights,
+            graphs, the largest pass and whatever else is there count. Not with kv_cache_memory.
         seed: of requests whose `SamplingParams` have none; 0.
         trust_remote_code: see `load_model`.
+        attention_kernel: None or "auto" picks the fastest for each layer. A name asks for one kernel: "flash" (torch's
+            own FlashAttention), "flex", "flashinfer", "flash-attn-2", "flash-attn-3", "sdpa" or "blocked". What does
+            not run on the device, is not installed, or does not compute the model's attention is refused.
         max_num_batched_tokens: tokens in one forward pass; longer prompts are computed in chunks.
-        head_major, layers_per_stream, kv_together: the layout, see `KVLayout`.
+        head_major, layers_per_stream, kv_together: the layout, see `KVLayout`; "auto", the default of each, chooses it
+            with the page, and says so in a line. `layers_per_stream=None` means all.
+        expected_tokens: of a typical request, prompt and output, for that choice; None: max_model_len.
         guard: make a read outside mapped memory crash. For tests.
         poison: fill mapped memory at or past each request's length with NaN before each pass. For tests.
 
@@ -82,6 +92,11 @@ class LLM:
     def stats(self) -> CacheStats:
         """Bytes, pages and driver calls of the KV cache. Raises InvalidRequest once closed."""
         return self._opened().cache.stats()
+
+    @property
+    def layout(self) -> Choice | None:
+        """How K and V lie in memory, and why: None for a paged cache. Raises InvalidRequest once closed."""
+        return self._opened().layout
 
     def warmup(self) -> None:
         """Return when every path that is made ready on first use is ready. Raises InvalidRequest once closed."""

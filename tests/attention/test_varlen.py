@@ -50,7 +50,7 @@ def filled(cache: KVCache, segments: list[Segment], q_heads: int) -> tuple[torch
 @pytest.mark.parametrize("batch", BATCHES)
 def test_slots_of_a_real_cache(batch: str, window: int | None, layout: dict[str, Any]) -> None:
     segments = segments_of(BATCHES[batch])
-    asked = Features(0.5, window)
+    asked = Features(0.5, window, sinks=torch.tensor([-1.0, 0, 1, 2, 3, 30]) if window in (None, 17) else None)
     with KVCache(KVLayout(3, 2, 16, torch.float16, 4, 96, **layout), memory="16MiB", guard=True, poison=True) as cache:
         query, keys, values = filled(cache, segments, 6)
         assert varlen.can(query, keys, values, asked)
@@ -60,9 +60,8 @@ def test_slots_of_a_real_cache(batch: str, window: int | None, layout: dict[str,
         torch.testing.assert_close(out, exact, atol=1e-2, rtol=0)
         wrong = FlashOnACPU(align_right=False)
         out = varlen.prepare(segments, dtype=keys.dtype, device=CPU, operator=wrong)(query, keys, values, asked)
-        # The control: a chunk over cached tokens, or a window, shows to which corner the operator aligns.
-        short = window is not None and window < max(s.length for s in segments)
-        if short or any(1 < segment.rows < segment.length for segment in segments):
+        # The control: a chunk over cached tokens shows to which corner the operator aligns.
+        if any(1 < segment.rows < segment.length for segment in segments):
             assert not torch.allclose(out, exact, atol=1e-2, rtol=0)
         del keys, values
 
@@ -79,21 +78,21 @@ def test_decodes_and_prompts_are_separate_calls_in_the_form_that_splits() -> Non
         assert prompts == (17, 70, True, (-1, 0), (17, 70))
         attend(query, keys, values, Features(window=40))  # as many as the longest decode has
         assert [call.window for call in flash.calls[2:]] == [(-1, -1), (39, 0)]
+        attend(query, keys, values, Features(window=7))  # a decode sees the end of its tokens, still without a window
+        assert flash.calls[4] == (1, 7, False, (-1, -1), (7, 1))
         del keys, values
 
 
 def test_the_numbers_of_a_call() -> None:
-    segments = segments_of([(3, 4, 9), (0, 1, 40), (2, 5, 5)])
-    first, second = varlen._plan(segments[1:2], 1024, CPU), varlen._plan([segments[0], segments[2]], 1024, CPU)
-    assert first.rows == slice(4, 5)
-    assert isinstance(second.rows, torch.Tensor)
-    assert second.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert [x.tolist() for x in first[1:4]] == [[0, 1], [0, 0], [40]]
-    assert [x.tolist() for x in second[1:4]] == [[0, 4, 9], [3072, 2048, 2048], [9, 5]]
-    assert second[4:] == (5, 9)
-    assert all(x.dtype == torch.int32 for x in [*first[1:4], *second[1:4]])
-    there = varlen._plan([segments[0], segments[2]], 1024, torch.device("meta"))
-    assert all(x.device.type == "meta" for x in there if isinstance(x, torch.Tensor))
+    segments = segments_of([(3, 4, 9), (2, 5, 5)])
+    call = varlen._plan(segments, 1024, CPU)
+    assert [x.tolist() for x in call[:3]] == [[0, 4, 9], [3072, 2048, 2048], [9, 5]]
+    assert call[3:] == (5, 9, -1)
+    assert all(x.dtype == torch.int32 for x in call[:3])
+    assert all(x.device.type == "meta" for x in varlen._plan(segments, 1024, torch.device("meta"))[:3])
+    whole, end = (varlen._ends(1024, window, [0, 3], [40, 2]) for window in (None, 7))
+    assert [list(x) for x in whole] == [[0, 1, 2], [0, 3072, 3072], [40, 2]]
+    assert [list(x) for x in end] == [[0, 1, 2], [33, 3072, 3072], [7, 2]]
 
 
 def test_a_query_as_transformers_makes_it_is_used_as_it_is_and_any_other_is_copied() -> None:
@@ -118,7 +117,7 @@ def test_what_it_cannot_do() -> None:
     assert varlen.can(query, keys, keys, plain)
     assert varlen.can(query, keys, keys, Features(0.1, 16))
     assert not varlen.can(query, keys, keys, Features(softcap=1.0))
-    assert not varlen.can(query, keys, keys, Features(sinks=torch.zeros(4)))
+    assert varlen.can(query, keys, keys, Features(sinks=torch.zeros(4)))
     assert not varlen.can(query.float(), layer(dtype=torch.float32), layer(dtype=torch.float32), plain)
     assert not varlen.can(query.bfloat16(), keys, keys, plain)
     assert not varlen.can(query, keys, layer(32), plain)
@@ -142,7 +141,7 @@ def test_what_it_cannot_do() -> None:
         (torch.bfloat16, Features(), False, False),
         (torch.float32, Features(), True, False),
         (torch.float16, Features(softcap=1.0), True, False),
-        (torch.float16, Features(sinks=torch.zeros(4)), True, False),
+        (torch.float16, Features(sinks=torch.zeros(4)), True, True),
     ],
 )
 def test_which_kernel_a_gpu_gets(

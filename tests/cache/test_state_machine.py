@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -114,13 +115,16 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(case=cases())
     def open(self, case: Case) -> None:
         self.case = case
-        self.driver = DeviceDriver(case.page_size) if case.device else new_driver(guard=case.guard)
+        self.driver = self._open_driver()
         # A limit of this world's own: other tests' mappings are none of its business. Two for the empty ranges.
         self.driver.mappings = MappingBudget(None if case.mappings is None else case.mappings + 2)
         self.pool = PagePool(self.driver, case.page_size, case.pages * case.page_size)
         self.mirrors = [self._open_cache() for _ in range(1 + case.second)]
         self.closed: list[KVCache] = []
         self.held: list[Run] = []
+
+    def _open_driver(self) -> Any:
+        return DeviceDriver(self.case.page_size) if self.case.device else new_driver(guard=self.case.guard)
 
     def _open_cache(self) -> Mirror:
         return Mirror(KVCache(self.case.layout, pool=self.pool, poison=self.case.poison))

@@ -277,7 +277,7 @@ def test_files_that_cannot_be_are_refused_before_the_model_is_read(
 def test_a_full_disk_ends_it_with_one_line(chatty: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", {"prompt": "a"})
     assert main(["generate", chatty, "--input", source, "--output", "/dev/full", "--max-tokens", "1"]) == 2
-    assert capsys.readouterr().err.splitlines()[1:] == [
+    assert capsys.readouterr().err.splitlines()[2:] == [
         "vattention: error: cannot write /dev/full: No space left on device"
     ]
 
@@ -403,7 +403,7 @@ def test_a_pipe_is_answered_line_by_line_and_an_interrupt_keeps_what_is_done(tir
     out, err = process.communicate()
     assert process.returncode == 130
     assert [json.loads(line)["id"] for line in out.splitlines()] == [4]
-    assert err.splitlines()[1:] == [b"vattention: interrupted"]
+    assert err.splitlines()[2:] == [b"vattention: interrupted"]
 
 
 def test_progress_is_shown_to_a_terminal_unless_it_is_to_be_quiet(

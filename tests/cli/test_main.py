@@ -114,6 +114,8 @@ def test_what_is_not_given_is_left_to_whoever_has_the_default() -> None:
     assert not hasattr(args, "layers_per_stream")
     args = arguments.parser().parse_args(["generate", "--layers-per-stream", "all", "--page-size", "64KiB"])
     assert (args.layers_per_stream, args.page_size) == (None, "64KiB")
+    args = arguments.parser().parse_args(["chat", "--no-head-major", "--expected-tokens", "300"])
+    assert (args.head_major, args.expected_tokens) == (False, 300)
     args = arguments.parser().parse_args(["verify", "--chunk", "64,whole", "--page-size", "4KiB,2MiB"])
     assert (args.chunks, args.page_sizes) == ([64, 0], ["4KiB", "2MiB"])
 
@@ -131,6 +133,7 @@ def test_info_says_what_this_machine_allows(capsys: pytest.CaptureFixture[str]) 
         "kernel page",
         "torch threads",
         "ulimit",
+        "layout chosen",
     ):
         assert words in out
 
@@ -146,6 +149,10 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert known["versions"]["torch"] == torch.__version__
     sizes = list(known["default_page_size"]["smollm2-135m"].values())
     assert sizes == sorted(sizes)  # a larger budget never asks for smaller pages
+    layouts = known["layouts"]["llama-3-8b"]
+    assert set(layouts) == {"cpu", "cuda"}
+    assert layouts["cuda"]["131072"]["layout"] == "token-major"
+    assert all(each["reason"] and each["page_size"] > 0 for device in layouts.values() for each in device.values())
 
 
 def test_info_where_there_is_no_memfd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

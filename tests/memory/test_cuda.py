@@ -26,6 +26,7 @@ if not emulated_cuda.ACTIVE:
     pytest.skip("runs in a process of its own: see test_cuda_emulated.py", allow_module_level=True)
 
 from vattention.cache import KVCache, KVLayout, opening
+from vattention.engine.budget import settle_budget
 from vattention.errors import ConfigError, DriverError, OutOfPages
 from vattention.memory import Access, CudaDriver, PagePool, Reservation
 
@@ -638,6 +639,47 @@ def test_the_budget_follows_free_memory_and_utilization(on_device):
         with pytest.raises(TypeError, match="number"):
             KVCache(LAYOUT, device="cuda:0", memory_utilization=wrong)
     weights.close()
+
+
+def test_a_provisional_budget_is_settled_when_everything_else_has_its_memory(on_device):
+    """The pages of the cache itself do not count against it, nor those that are created ahead meanwhile."""
+    with KVCache(LAYOUT, device="cuda:0", memory_utilization=0.9) as cache:
+        assert cache.stats().budget == int(0.9 * 256) // 2 * PAGE
+        slot = cache.alloc()
+        cache.step({slot: 1})
+        graphs = CudaDriver(0, tensor_device="cpu")
+        graphs.create(50 << 20)
+        settle_budget(cache, 0.9, 20 << 20)
+        assert cache.stats().budget == int(0.9 * 256 - 50 - 20) // 2 * PAGE
+        assert cache.fits({slot: 1})
+        with pytest.raises(ConfigError, match="100 MiB for the largest pass leave no memory"):
+            settle_budget(cache, 0.5, 100 << 20)
+        settle_budget(cache, 1, 0)
+        assert cache.stats().budget == int(0.9 * 256 - 50 - 20) // 2 * PAGE, "never more than it was opened with"
+        graphs.close()
+
+
+def test_a_cache_tells_its_own_driver_of_streams(on_device):
+    ours, theirs = new_stream(), new_stream()
+    with KVCache(LAYOUT, device="cuda:0", memory=64 * PAGE) as cache:
+        slot, other = cache.alloc(), cache.alloc()
+        cache.step({slot: 100, other: 100})
+        cache.watch(ours)
+        k, _ = cache.layer(0)
+        submit(ours, k[slot, :100].view(torch.uint8), 1)
+        submit(theirs, k[other, :100].view(torch.uint8), 2)
+        cache.step({slot: 0})
+        cache.free(slot)
+        emulation.clear_log()
+        cache.trim()
+        assert "cuCtxSynchronize" not in emulation.log()
+        assert emulation.counts()["cuEventSynchronize"] > 0
+        assert int(k[other, :1].view(torch.uint8).flatten()[0]) == 0xFF
+        with KVCache(LAYOUT, pool=cache.pool) as guest:
+            guest.watch(theirs)  # not its driver
+            assert cache.pool.driver._watched == {ours}
+        cache.pool.driver.watch(theirs)
+        del k
 
 
 def test_forgetting_a_cache_gives_everything_back(on_device):

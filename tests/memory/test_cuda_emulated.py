@@ -28,6 +28,7 @@ pytestmark = [
 
 DRIVER = [
     "tests/memory/test_cuda.py",
+    "tests/memory/test_cuda_in_flight.py",
     "tests/memory/test_reservation.py",
     "tests/cache/test_kv_cache.py",
     "tests/bench/test_vmm.py",

@@ -52,7 +52,9 @@ class FlashOnACPU:
         window_size_right: int | None = None,
         seqused_k: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Of `[rows, q_heads, width]` and `[tokens, kv_heads, width]`, as many rows of output; the rest is empty."""
+        """Of `[rows, q_heads, width]` and `[tokens, kv_heads, width]`: as many rows of output, the logsumexp
+        `[q_heads, rows]`; the rest is empty.
+        """
         _check(query, key, value, cum_seq_q, cum_seq_k, seqused_k)
         assert (dropout_p, return_debug_mask) == (0.0, False)
         assert seqused_k is not None
@@ -62,6 +64,7 @@ class FlashOnACPU:
         assert bounds[-1] == len(query), "and end with the last"
         self.calls.append(Asked(max_q, max_k, is_causal, (left, right), tuple(lengths)))
         out, group = torch.full_like(query, torch.nan), query.shape[1] // key.shape[1]
+        logsumexp = torch.full((query.shape[1], len(query)), torch.nan)
         if is_causal and max_q > 1:
             right = 0
         for number, length in enumerate(lengths):
@@ -77,8 +80,9 @@ class FlashOnACPU:
                 for head in range(query.shape[1]):
                     scores = keys[begin:end, head // group] @ query[row, head].double()
                     scores = scores * (query.shape[2] ** -0.5 if scale is None else scale)
+                    logsumexp[head, row] = scores.logsumexp(0)
                     out[row, head] = (scores.softmax(0) @ values[begin:end, head // group]).to(out.dtype)
-        return out, *(torch.empty(0) for _ in range(4))
+        return out, logsumexp, *(torch.empty(0) for _ in range(3))
 
 
 def _check(

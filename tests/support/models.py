@@ -238,6 +238,9 @@ class Recorder:
     def wait(self) -> None:
         self.runner.wait()
 
+    def capture(self, slot: int) -> None:
+        self.runner.capture(slot)
+
     def of(self, request_id: str) -> torch.Tensor:
         """`[output, vocabulary]`, in order of position."""
         rows = self.logits[request_id]

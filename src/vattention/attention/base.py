@@ -14,13 +14,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from vattention.attention import cpu_write
 from vattention.attention.placing import place
 from vattention.errors import InvalidRequest, UnsupportedModel
+
+if TYPE_CHECKING:
+    from vattention.attention.decode_plan import DecodePlan
 
 NAME = "vattention_batch"
 """What the engine's `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
@@ -147,12 +150,20 @@ class AttentionBatch:
             singles=singles,
             single_slots=slots,
             single_positions=positions,
-            places=None if table is None else _places(segments, table, keys.shape[1]),
+            places=None if table is None else _places(segments, table, keys.shape[1]).to(keys.device),
         )
+
+    @classmethod
+    def of_plan(cls, plan: DecodePlan, layers: Layers) -> AttentionBatch:
+        """One pass over the rows of `plan`, all of them decodes. Everything it reads is in the plan's tensors."""
+        rows = plan.rows
+        return cls((), layers, plan.attend, len(rows), rows.single_slots, rows.single_positions)
 
     @functools.cached_property
     def _where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot and the position of each row, `[rows]` int64; in a paged cache its block, and the place there."""
+        if not self.segments:  # of a plan
+            return self.single_slots, self.single_positions
         if self.places is not None:
             size = self.layers[0][0].shape[1]
             return self.places // size, self.places % size
@@ -197,13 +208,27 @@ class AttentionBatch:
         if layer in self._written:
             raise UnsupportedModel(f"layer {layer} computes attention twice in one pass, and has room for one K and V")
         keys, values = self.layers[layer]
-        if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
-            raise UnsupportedModel(
-                f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
-                f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
-            )
+        check_layer(layer, key, value, keys, values)
         self.write(layer, key[0], value[0])
         return self.attend(query[0], keys, values, features)[None]
+
+
+class Batch(Protocol):
+    """A pass as a layer sees it: `AttentionBatch`, or what stands in for it."""
+
+    def compute(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: Features
+    ) -> torch.Tensor:
+        """Attention of one layer, shapes as in `attention_forward`; K and V are written first."""
+
+
+def check_layer(layer: int, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Raises UnsupportedModel for new K and V, `[1, heads, rows, width]`, of another shape than the cache's layer."""
+    if key.shape[1::2] != keys.shape[2:] or value.shape[1::2] != values.shape[2:]:
+        raise UnsupportedModel(
+            f"layer {layer} has K of {tuple(key.shape[1::2])} and V of {tuple(value.shape[1::2])} (heads, width),"
+            f" the cache is laid out for {tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
+        )
 
 
 def _places(segments: Sequence[Segment], table: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -246,7 +271,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    vattention_batch: AttentionBatch | torch.Tensor | None = None,
+    vattention_batch: Batch | torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, with the signature that transformers calls.

@@ -37,7 +37,7 @@ namespace {
 #define WHERE Slots
 #endif
 
-constexpr int64_t CHUNK = 512;  // tokens of a task; enough that starting and ending one costs little
+constexpr int64_t CHUNK = 256;  // tokens of a task; enough that starting and ending one costs little
 constexpr int GROUP = 4;        // query heads at a time, as many as leave registers for their sums
 constexpr int UNIT = 32;        // numbers loaded at once; a head is padded to whole units, with zeros
 constexpr int64_t SMALL = 1 << 16;  // numbers of K and V below which a second thread costs more than it saves

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from vattention.attention.base import AttentionBatch, Features
+from vattention.attention.base import Batch, Features
 
 _ATTRIBUTE = "vattention_batch"
 
@@ -24,7 +24,7 @@ _library.define(
 )
 
 
-def new_ticket(batch: AttentionBatch | None, device: torch.device) -> torch.Tensor:
+def new_ticket(batch: Batch | None, device: torch.device) -> torch.Tensor:
     """A ticket for `batch`, or for nothing: attention is zeros then, and no cache is touched.
 
     The latter is for compiling ahead.
@@ -61,7 +61,7 @@ def _attend(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     # Without a default: a compiler that hands on another tensor than it got must not pass for a ticket for nothing.
-    batch: AttentionBatch | None = getattr(ticket, _ATTRIBUTE)
+    batch: Batch | None = getattr(ticket, _ATTRIBUTE)
     if batch is None:
         return _shape(query, value).zero_()
     return batch.compute(int(layer), query, key, value, Features(scaling, window, softcap, sinks))

@@ -4,6 +4,7 @@ Requests with one row are read where they are, through the block table (`cpu_dec
 where that kernel cannot be had, the blocks that a request looks at are copied into contiguous scratch memory, layer
 after layer into the same, and attention is computed there as in a contiguous cache. What it costs is a copy of K and V
 up to the request's length for each layer and pass; a chunk of a prompt multiplies matrices with them for far longer.
+On a GPU, where torch has a kernel that follows the table, it computes everything it can (`through_table`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vattention.attention import cpu_decode
+from vattention.attention import cpu_decode, through_table
 from vattention.attention.base import Attend, Features, Kernel, Segment
 
 
@@ -50,7 +51,11 @@ def prepare(
         own = scratch(which, (len(blocks), *cache.shape[1:]))
         return torch.index_select(cache, 0, blocks, out=own).flatten(0, 1)[None]
 
+    followed = functools.cache(lambda: through_table.prepare(every, device=device, table=table))
+
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        if through_table.available(device, keys.shape[1]) and through_table.can(query, keys, values, features):
+            return followed()(query, keys, values, features)
         out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
         in_place = len(several) < len(every) and cpu_decode.can(query, keys, values, paged=True)
         for segment in several if in_place else every:

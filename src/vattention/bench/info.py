@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from vattention.bench.geometry import GEOMETRIES
 from vattention.bench.machine import hardware, versions
 from vattention.bench.table import table
+from vattention.cache import KVLayout
+from vattention.cache.choosing import Place, choose
 from vattention.cache.page_size import choose_page_size
 from vattention.errors import VAttentionError
 from vattention.memory import CudaDriver, HostDriver, limits
@@ -18,6 +21,8 @@ from vattention.memory.sizes import format_size
 
 _BUDGETS = tuple(size << 20 for size in (64, 256, 1024, 4096, 16384))
 _SLOTS = 16
+_EXPECTED = (512, 8192, 131072)
+_HOST, _GPU, _GPU_PAGE = 4 << 30, 48 << 30, 2 << 20
 _OVERCOMMIT = {0: "heuristic", 1: "always", 2: "never: reservations count against the commit limit"}
 
 
@@ -55,6 +60,7 @@ def collect() -> dict[str, Any]:
         "memory": {"system_available": limits.available_memory(), "cgroup_headroom": limits.cgroup_headroom()},
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
         "default_page_size": _page_sizes(granularity, mappings),
+        "layouts": _layouts(Place("cpu", _HOST, granularity, mappings), Place("cuda", _GPU, _GPU_PAGE)),
     }
 
 
@@ -77,6 +83,24 @@ def _page_sizes(granularity: int, mappings: int | None) -> dict[str, dict[str, i
         layout = model.layout(_SLOTS, layers=model.layers, head_major=False, layers_per_stream=1, kv_together=False)
         sizes[name] = {str(budget): choose_page_size(layout, budget, granularity, mappings) for budget in _BUDGETS}
     return sizes
+
+
+def _layouts(*places: Place) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model -> device -> expected tokens -> the layout that an engine would choose, see `Choice`."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, place in itertools.product(("smollm2-135m", "llama-3-8b"), places):
+        model = GEOMETRIES[name]
+        for tokens in _EXPECTED:
+            layout = KVLayout(model.layers, model.kv_heads, model.head_dim, model.dtype, _SLOTS, max(_EXPECTED))
+            choice = choose(layout, place, expected_tokens=tokens)
+            found.setdefault(name, {}).setdefault(place.device, {})[str(tokens)] = {
+                "layout": choice.name,
+                "page_size": choice.page_size,
+                "tokens_per_page": choice.tokens_per_page,
+                "expected_waste": round(choice.expected_waste, 4),
+                "reason": choice.reason,
+            }
+    return found
 
 
 def _size(value: int | None, none: str) -> str:
@@ -113,4 +137,18 @@ def _text(known: dict[str, Any]) -> str:
         ("page chosen for a budget of", *(format_size(budget) for budget in _BUDGETS)),
         [(name, *map(format_size, by_budget.values())) for name, by_budget in chosen.items()],
     )
-    return f"{table(('', ''), rows, left=2)}\n\n{pages}\n({_SLOTS} slots, token-major)"
+    layouts = table(
+        ("layout chosen", "for requests of", "", "page", "tokens", "waste"),
+        [
+            (f"{name}, {device}", tokens, each["layout"], format_size(each["page_size"]), each["tokens_per_page"],
+             f"{each['expected_waste']:.1%}")
+            for name, by_device in known["layouts"].items()
+            for device, by_tokens in by_device.items()
+            for tokens, each in by_tokens.items()
+        ],
+        left=3,
+    )  # fmt: skip
+    return (
+        f"{table(('', ''), rows, left=2)}\n\n{pages}\n({_SLOTS} slots, token-major)\n\n{layouts}\n({_SLOTS} slots;"
+        f" budgets of {format_size(_HOST)} and {format_size(_GPU)}, of a GPU with {format_size(_GPU_PAGE)} pages)"
+    )

@@ -16,7 +16,8 @@ _BATCHED_TOKENS = 512
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """As the arguments of `LLM`, with its defaults, but for `device`: "auto" is the CPU."""
+    """As the arguments of `LLM`, with its defaults, but for `device`, where "auto" is the CPU, and for a layout that is
+    fixed: token-major unless said otherwise."""
 
     device: str = "auto"
     max_model_len: int | None = None

@@ -22,7 +22,7 @@ from vattention.cache.opening import integer, open_pool
 from vattention.cache.room import WATERMARK, Room
 from vattention.cache.stats import CacheStats, SlotStats
 from vattention.errors import DriverError, InvalidRequest, OutOfPages
-from vattention.memory import Driver, PagePool
+from vattention.memory import CudaDriver, Driver, PagePool
 
 
 class KVCache:
@@ -381,6 +381,20 @@ class KVCache:
             raise InvalidRequest(f"layer {number} is not one of the {self.layout.num_layers} layers")
         k, v = views[number]
         return k, v
+
+    def watch(self, stream: SupportsIndex) -> None:
+        """Say that work on this cache comes from a stream of its device; without it, from anywhere on the device.
+
+        Pages are unmapped once the work of the streams that were named has ended, and that of the caller's own torch
+        stream: name all before they are used. Where the driver belongs to others too nothing changes: nobody here knows
+        their streams.
+
+        Args:
+            stream: its handle, `torch.cuda.Stream.cuda_stream` for instance.
+        """
+        with self._owned():
+            if isinstance(self._own_driver, CudaDriver):
+                self._own_driver.watch(operator.index(stream))
 
     def trim(self) -> int:
         """Give everything reclaimable, and the pool's free pages, back to the system. Returns the bytes.

@@ -12,7 +12,7 @@ import torch
 
 from vattention.errors import ConfigError, InvalidRequest
 
-_ALIGNMENT = 2 << 20  # streams start and end at multiples of this, so that any usual page divides them
+_ALIGNMENT = 2 << 20  # so that any usual page divides streams
 
 
 class Stream(NamedTuple):
@@ -59,6 +59,7 @@ class KVLayout:
         kv_together: K and V of a layer share a stream.
         shapes: of each layer, for models whose layers differ or whose K and V have different widths; num_kv_heads and
             head_dim are then the largest of them.
+        alignment: bytes; streams start and end at multiples, so any page that divides it will do. It costs addresses.
 
     Raises:
         ConfigError: a number that is not positive, an address range beyond what a process can have, or shapes that do
@@ -77,6 +78,7 @@ class KVLayout:
     layers_per_stream: int | None = 1
     kv_together: bool = False
     shapes: tuple[LayerShape, ...] | None = None
+    alignment: int = _ALIGNMENT
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
@@ -103,7 +105,7 @@ class KVLayout:
         assert self.layers_per_stream is not None
         groups = -(-self.num_layers // self.layers_per_stream)
         streams = groups * (1 if self.kv_together else 2) * (self.num_kv_heads if self.head_major else 1)
-        size = streams * _ALIGNMENT * self.max_num_seqs
+        size = streams * self.alignment * self.max_num_seqs
         if size < 1 << 47:
             size = self.size
         if size >= 1 << 47:
@@ -133,7 +135,8 @@ class KVLayout:
     @functools.cached_property
     def padded_len(self) -> int:
         """Tokens each slot has addresses for: max_model_len, rounded up until every stream is aligned."""
-        quantum = math.lcm(*(_ALIGNMENT // math.gcd(_ALIGNMENT, bytes_) for bytes_ in set(self._token_bytes)))
+        align = self.alignment
+        quantum = math.lcm(*(align // math.gcd(align, bytes_) for bytes_ in set(self._token_bytes)))
         return -(-self.max_model_len // quantum) * quantum
 
     @functools.cached_property

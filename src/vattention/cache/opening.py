@@ -7,6 +7,7 @@ from typing import SupportsIndex
 
 import torch
 
+from vattention.cache.choosing import Place
 from vattention.cache.layout import KVLayout
 from vattention.cache.page_size import check_page_size, choose_page_size
 from vattention.errors import ConfigError, VAttentionError
@@ -87,6 +88,20 @@ def _open_driver(device: torch.device, guard: bool) -> Driver:
             raise ConfigError(f"device {str(device)!r}: torch finds no CUDA device, use device='cpu'")
         return CudaDriver(torch.cuda.current_device() if device.index is None else device.index)
     raise ConfigError(f"device {str(device)!r} is not supported: use 'cpu' or 'cuda'")
+
+
+def look(device: torch.device, budget: int | None, memory_utilization: float | None = None) -> Place:
+    """What a cache on `device` would find there; `budget` as `memory` of `KVCache`.
+
+    Raises: as opening a cache there.
+    """
+    driver = _open_driver(device, guard=False)
+    try:
+        if budget is None:
+            budget = default_budget(driver, memory_utilization)
+        return Place(device.type, budget, driver.granularity, driver.mappings.free)
+    finally:
+        driver.close()
 
 
 def default_budget(driver: Driver, memory_utilization: float | None) -> int:

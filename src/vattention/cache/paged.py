@@ -38,6 +38,7 @@ class PagedKVCache:
     Args:
         layout: the geometry: heads, widths, slots and max_model_len. How streams lie means nothing here.
         memory: bytes or a string like "2GiB". No more is taken than all slots at max_model_len need.
+        device: where K and V are, "cpu" or "cuda:N"; the table stays on the host.
         block_size: tokens of a block.
         poison: every step fills what a live slot's last block has past its length with NaN, and blocks are full of it
             when they are taken.
@@ -55,6 +56,7 @@ class PagedKVCache:
         layout: KVLayout,
         *,
         memory: str | SupportsIndex,
+        device: str | torch.device = "cpu",
         block_size: SupportsIndex = DEFAULT_BLOCK_SIZE,
         poison: bool = False,
     ) -> None:
@@ -74,6 +76,7 @@ class PagedKVCache:
                 f"a budget of {format_size(budget)} is less than a block of {self.block_size} tokens"
                 f" ({format_size(self._block_bytes)}): raise it, or lower block_size"
             )
+        self._device = torch.device(device)
         self._layers = [self._pool(layer) for layer in range(layout.num_layers)]
         self.table = torch.full((layout.max_num_seqs, columns), -1, dtype=torch.int32)
         self._table = self.table.numpy()  # the same memory; numbers go in faster
@@ -275,7 +278,9 @@ class PagedKVCache:
     def _pool(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape, dtype = self.layout.shape(layer), self.layout.dtype
         size = (self.num_blocks, self.block_size, shape.num_kv_heads)
-        return torch.empty(*size, shape.key_dim, dtype=dtype), torch.empty(*size, shape.value_dim, dtype=dtype)
+        widths = (shape.key_dim, shape.value_dim)
+        keys, values = (torch.empty(*size, width, dtype=dtype, device=self._device) for width in widths)
+        return keys, values
 
     def _blocks(self, tokens: int) -> int:
         """Blocks behind that many tokens."""

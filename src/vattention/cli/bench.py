@@ -8,6 +8,7 @@ from typing import Any
 
 from vattention.cli.options import (
     CAPACITY,
+    CHOICE,
     FEATURES,
     LAYOUT,
     add_capacity,
@@ -117,7 +118,7 @@ def _add_contest(parser: argparse.ArgumentParser) -> None:
     add_features(parser)
     ours = parser.add_argument_group("of our engine alone").add_argument
     ours("--page-size", metavar="SIZE", help='such as "64KiB" (the cache chooses)')
-    add_layout(parser)
+    add_layout(parser, chosen=True)
 
 
 def _add_memory(to: Any) -> None:
@@ -252,7 +253,7 @@ def _contest(args: argparse.Namespace) -> Any:
         options.setdefault(peer, {})[key] = _literal(value)
     if None in models.values():
         raise ConfigError("--peer-model: write NAME=PATH")
-    ours = given(args, ("page_size", *(name for name in FEATURES if name != "enable_prefix_caching"), *LAYOUT))
+    ours = given(args, ("page_size", *(name for name in FEATURES if name != "enable_prefix_caching"), *CHOICE))
     return filled(
         ContestOptions,
         args,

@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
     add_capacity(parser, without=("max_num_seqs",))
     add_features(parser)
     add_sampling(parser, max_tokens=MAX_TOKENS)
-    add_layout(parser)
+    add_layout(parser, chosen=True)
     add_checks(parser)
 
 

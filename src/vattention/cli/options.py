@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 USAGE = 2
 FAILED = 1
 MODEL = ("dtype", "device", "trust_remote_code")
-CAPACITY = ("max_model_len", "kv_cache_memory", "page_size", "max_num_seqs", "max_num_batched_tokens")
-FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile")
+CAPACITY = (
+    "max_model_len",
+    "kv_cache_memory",
+    "memory_utilization",
+    "page_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
+FEATURES = ("cache", "block_size", "enable_prefix_caching", "compile", "cuda_graphs", "attention_kernel")
 LAYOUT = ("head_major", "layers_per_stream", "kv_together")
+CHOICE = (*LAYOUT, "expected_tokens")
 CHECKS = ("guard", "poison")
 
 _MODEL = "a directory, a .gguf file or a hub id; without it, the demo model (SmolLM2-135M-Instruct)"
@@ -66,6 +74,7 @@ def add_capacity(parser: argparse.ArgumentParser, *, without: Collection[str] = 
     for name, kind, metavar, about in (
         ("max_model_len", int, "N", "tokens of the longest request (the model's)"),
         ("kv_cache_memory", str, "SIZE", 'physical memory for K and V, such as "2GiB" (half of what is left)'),
+        ("memory_utilization", float, "SHARE", "of a GPU's memory to be in use when the cache is full (0.9)"),
         ("page_size", str, "SIZE", 'such as "64KiB" (the cache chooses)'),
         ("max_num_seqs", int, "N", "requests computed at once (16)"),
         ("max_num_batched_tokens", int, "N", "tokens in one forward pass (512)"),
@@ -82,14 +91,20 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, metavar="N", help="tokens of a block with --cache paged (16)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
     add("--compile", action=switch, help="compile the model in the background (off)")
+    add("--cuda-graphs", action=switch, help="of a GPU: replay decode passes from captured graphs (on)")
+    add("--attention-kernel", metavar="NAME", help="flash, flex, flashinfer, ... instead of the fastest (auto)")
 
 
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """How K and V lie in memory."""
+def add_layout(parser: argparse.ArgumentParser, *, chosen: bool = False) -> None:
+    """How K and V lie in memory. `chosen`: what is not given is chosen for the model and the machine."""
     add = parser.add_argument_group("layout").add_argument
-    add("--head-major", action="store_true", help="a stream for each KV head")
-    add("--layers-per-stream", type=layers, metavar="N", help="layers that share a stream, or all (1)")
-    add("--kv-together", action="store_true", help="K and V of a layer share a stream")
+    switch = argparse.BooleanOptionalAction
+    default = ("chosen",) * 3 if chosen else ("off", "1", "off")
+    add("--head-major", action=switch, help=f"a stream for each KV head ({default[0]})")
+    add("--layers-per-stream", type=layers, metavar="N", help=f"layers that share a stream, or all ({default[1]})")
+    add("--kv-together", action=switch, help=f"K and V of a layer share a stream ({default[2]})")
+    if chosen:
+        add("--expected-tokens", type=int, metavar="N", help="of a typical request, to choose by (--max-model-len)")
 
 
 def add_checks(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +128,7 @@ def open_llm(args: argparse.Namespace, **options: Any) -> LLM:
 
     if args.model and " " in args.model and not os.path.exists(args.model):
         raise ConfigError(f"there is no model {args.model!r}: a prompt goes behind --prompt")
-    asked = given(args, (*MODEL, *CAPACITY, *FEATURES, *LAYOUT, *CHECKS))
+    asked = given(args, (*MODEL, *CAPACITY, *FEATURES, *CHOICE, *CHECKS))
     return LLM(args.model, **{**asked, **options})
 
 
@@ -150,6 +165,18 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     )
 
 
+def add_structured(parser: argparse.ArgumentParser) -> None:
+    """What form an answer must have."""
+    group = parser.add_argument_group("structured output", "one of these; needs llguidance, see docs/server.md")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--json-schema", type=json_or_file, metavar="JSON|F", help="JSON of this schema, which may be in a file")
+    add("--json-object", action="store_true", help="any JSON object")
+    add("--regex", metavar="REGEX", help="a text that all of this regular expression matches")
+    add("--choice", action="append", metavar="TEXT", help="one of these texts; may be repeated")
+
+
+STRUCTURED = ("json_schema", "json_object", "regex", "choice")
+
 SAMPLING = (
     *(name for name, *_ in _SAMPLING),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens"),
@@ -176,6 +203,19 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"write whole numbers separated by commas, not {text!r}") from None
+
+
+def json_or_file(text: str) -> str:
+    """JSON as it is, or what is in the file of that name."""
+    if text.lstrip().startswith("{"):
+        return text
+    try:
+        with open(text, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{text} is not UTF-8 text") from None
 
 
 def words(text: str) -> list[str]:

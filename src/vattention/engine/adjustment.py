@@ -1,4 +1,4 @@
-"""What changes logits before temperature: bias, penalties, and end tokens that may not come yet.
+"""What changes logits before temperature: bias, penalties, and tokens that may not come here.
 
 Work is in proportion to the tokens concerned, not to the vocabulary: entries of all rows are gathered, changed and
 put back by one operation each.
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vattention.engine.constraint import Constraint
 from vattention.engine.sampling_params import SamplingParams
 
 Ids = npt.NDArray[np.int64]
@@ -70,6 +71,7 @@ class Adjustment:
         seen: the tokens that the penalties are about, or None.
         repetition, presence, frequency: see `SamplingParams`.
         banned: tokens that may not come, or None.
+        allowed: whether each token may come, `[vocabulary]` bool, or None for all of them.
     """
 
     bias_ids: Ids | None = None
@@ -79,13 +81,21 @@ class Adjustment:
     presence: float = 0.0
     frequency: float = 0.0
     banned: Ids | None = None
+    allowed: npt.NDArray[np.bool_] | None = None
 
 
 class Adjuster:
     """The adjustments of one sample, one token after another."""
 
-    def __init__(self, prompt: Sequence[int], params: SamplingParams, ends: Collection[int]) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        ends: Collection[int],
+        constraint: Constraint | None = None,
+    ) -> None:
         self._params = params
+        self._constraint = constraint
         self._seen = Seen(prompt) if params.penalises else None
         self._bias_ids: Ids | None = None
         self._bias: npt.NDArray[np.float64] | None = None
@@ -93,20 +103,27 @@ class Adjuster:
         if params.logit_bias:
             self._bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
             self._bias = np.array(list(params.logit_bias.values()), dtype=np.float64)
-        if params.min_tokens and ends:
+        if params.min_tokens and ends and constraint is None:  # which sees to that itself
             self._banned = np.array(sorted(ends), dtype=np.int64)
 
     @classmethod
-    def needed(cls, prompt: Sequence[int], params: SamplingParams, ends: Collection[int]) -> Adjuster | None:
+    def needed(
+        cls,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        ends: Collection[int],
+        constraint: Constraint | None = None,
+    ) -> Adjuster | None:
         """An adjuster where `params` ask for something that one does, or None."""
-        asked = params.penalises or params.logit_bias or (params.min_tokens and ends)
-        return cls(prompt, params, ends) if asked else None
+        asked = params.penalises or params.logit_bias or (params.min_tokens and ends) or constraint is not None
+        return cls(prompt, params, ends, constraint) if asked else None
 
     def next(self, output: Sequence[int]) -> Adjustment | None:
         """What the logits of the token after `output` are changed by, or None."""
         params = self._params
         banned = self._banned if len(output) < params.min_tokens else None
-        if banned is None and self._bias is None and self._seen is None:
+        allowed = None if self._constraint is None else self._constraint.allowed(output)
+        if banned is None and allowed is None and self._bias is None and self._seen is None:
             return None
         return Adjustment(
             bias_ids=self._bias_ids,
@@ -116,6 +133,7 @@ class Adjuster:
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
             banned=banned,
+            allowed=allowed,
         )
 
 
@@ -142,6 +160,14 @@ def adjust(logits: torch.Tensor, adjustments: Sequence[Adjustment]) -> None:
     banned = [(i, a.banned) for i, a in enumerate(adjustments) if a.banned is not None]
     if banned:  # last: nothing brings such a token back
         flat[_flat_index(logits, banned)] = -torch.inf
+    masks = [(i, a.allowed) for i, a in enumerate(adjustments) if a.allowed is not None]
+    if masks:
+        allowed = torch.from_numpy(np.stack([mask for _, mask in masks])).to(logits.device)
+        if len(masks) == len(logits):
+            logits.masked_fill_(~allowed, -torch.inf)
+        else:
+            rows = [i for i, _ in masks]
+            logits[rows] = logits[rows].masked_fill_(~allowed, -torch.inf)
 
 
 def _flat_index(logits: torch.Tensor, parts: Sequence[tuple[int, Ids | None]]) -> torch.Tensor:

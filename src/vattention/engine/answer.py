@@ -25,7 +25,7 @@ def update_text(sample: Request, vocabulary: Vocabulary | None, *, last: bool = 
     if sample.text is None:
         sample.text = GeneratedText(vocabulary, sample.params)
     tokens = sample.output_token_ids
-    by_token = sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str)
+    by_token = sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str) and tokens[-1] in sample.ends
     if by_token and not sample.params.include_stop_str_in_output:
         tokens = tokens[:-1]
     return sample.text.update(tokens, last=last)

@@ -4,7 +4,8 @@ Layers are compiled, not models: the layers of a kind share one graph, so that a
 minutes, and what surrounds them (the embedding, rotary tables, the last norm) is a few calls a pass. Rows are a dynamic
 dimension: one graph for a single row, and one for any other number of them, decodes and prompts alike. What a graph
 cannot hold stays outside of it: attention, with the cache and the batch (`attention.operator`), and weights packed for
-oneDNN (`engine.linears`).
+oneDNN (`engine.linears`). On a GPU matrix products stay torch's own, and what lies between them is fused; passes of
+decodes are then captured with the layers compiled (`engine.graphs`).
 
 Compiling happens in a thread of its own, on passes that touch no cache: until it has ended, passes run eagerly. Where
 it fails (no C++ compiler, a layer that does not trace) they go on doing so, after one warning. Nobody else who uses the
@@ -20,13 +21,14 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from vattention.attention import native, operator
-from vattention.attention.base import LAYER, NAME, AttentionBatch
+from vattention.attention.base import LAYER, NAME, Batch
 from vattention.engine.linears import can_pack, merge_linears, run_packed
 from vattention.engine.shortcut import Shortcut, watchable
 
@@ -66,6 +68,12 @@ class CompiledModel:
             _warn(self._failure)
         return self._failure is None
 
+    @property
+    def settled(self) -> bool:
+        """Whether compiling has ended, one way or the other."""
+        thread = self._thread
+        return thread is None or not thread.is_alive()
+
     def wait(self) -> None:
         """Return when compiling has ended, one way or the other."""
         thread = self._thread
@@ -73,7 +81,7 @@ class CompiledModel:
             thread.join()
         self.ready  # noqa: B018 (for its warning)
 
-    def run(self, model: nn.Module, batch: AttentionBatch, **inputs: Any) -> Any | None:
+    def run(self, model: nn.Module, batch: Batch, **inputs: Any) -> Any | None:
         """A pass of the model over `batch`, once `ready`. `inputs` are those of the model's forward.
 
         Returns:
@@ -87,7 +95,7 @@ class CompiledModel:
             self._failure = error
             return None
 
-    def _forward(self, model: nn.Module, batch: AttentionBatch | None, **inputs: Any) -> Any:
+    def _forward(self, model: nn.Module, batch: Batch | None, **inputs: Any) -> Any:
         ticket = operator.new_ticket(batch, inputs["input_ids"].device)
         self._ours.now = True
         try:
@@ -107,7 +115,9 @@ class CompiledModel:
     @torch.inference_mode()
     def _prepare(self, model: nn.Module) -> None:
         try:
-            native.find_compiler()
+            device = next(model.parameters()).device
+            if device.type == "cpu":  # elsewhere inductor looks for what it needs
+                native.find_compiler()
             layers = decoder_layers(model)
             for part in (part for layer in layers for part in _attentions(layer)):
                 setattr(part, LAYER, torch.tensor(part.layer_idx))
@@ -118,7 +128,6 @@ class CompiledModel:
             head = model.get_output_embeddings()  # type: ignore[operator]
             if type(head) is nn.Linear and can_pack(head.weight):
                 self._divert(head, functools.partial(run_packed, head))
-            device = next(model.parameters()).device
 
             def go(passes: Sequence[int]) -> None:
                 for rows in passes:
@@ -126,12 +135,16 @@ class CompiledModel:
                     keep = torch.zeros(1, dtype=torch.int64, device=device)
                     self._forward(model, None, input_ids=numbers, position_ids=numbers, logits_to_keep=keep)
 
-            go(_ROWS)
-            for layer, shortcut in zip(layers, shortcuts, strict=True):
-                self._divert(layer, shortcut.watch)
-            go(_WATCHED_ROWS)
-            for layer, shortcut in zip(layers, shortcuts, strict=True):
-                self._divert(layer, shortcut)
+            # A thread has a current device of its own.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                go(_ROWS)
+                if device.type != "cpu":  # graphs are the shortcut there
+                    return
+                for layer, shortcut in zip(layers, shortcuts, strict=True):
+                    self._divert(layer, shortcut.watch)
+                go(_WATCHED_ROWS)
+                for layer, shortcut in zip(layers, shortcuts, strict=True):
+                    self._divert(layer, shortcut)
         except Exception as error:  # noqa: BLE001 (a compiler is many libraries; all of them leave eager passes)
             self._failure = error
 

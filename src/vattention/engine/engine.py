@@ -11,7 +11,9 @@ from vattention.cache import Cache
 from vattention.engine.adjustment import Adjuster
 from vattention.engine.answer import Seen, request_output, update_text
 from vattention.engine.attempt import attempt
+from vattention.engine.constraint import Constraint
 from vattention.engine.detokenizer import Vocabulary
+from vattention.engine.grammar import Grammars
 from vattention.engine.outputs import RequestOutput
 from vattention.engine.randomness import random_bits
 from vattention.engine.reading import New, Reading, read
@@ -36,7 +38,7 @@ class Engine:
         max_model_len: tokens of one request, prompt and output.
         eos_token_ids: what ends a text, unless `ignore_eos`.
         seed: of requests that bring none.
-        tokenizer: of transformers; without one there is no text, and no stop string can be found.
+        tokenizer: of transformers; without one there is no text, no stop string can be found, and no form kept to.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
+        self._grammars = Grammars(tokenizer, vocab_size, self._eos_token_ids)
         self._added = 0
         self._tally = Tally()
         self._requests: dict[str, Request] = {}
@@ -77,10 +80,12 @@ class Engine:
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """The prompt as a tuple of ints, if this engine can serve it.
 
+        Any thread may ask. Reading the form of a structured answer can take tenths of a second, the first time.
+
         Raises:
             TypeError: not token ids, or not SamplingParams. InvalidRequest: empty, a token outside the vocabulary,
                 or longer than can ever fit; parameters that name tokens outside it, or stop strings where there is no
-                tokenizer.
+                tokenizer; a structured output that cannot be read, see `Grammars.read`.
         """
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
@@ -102,6 +107,8 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and one more can never fit: the KV budget holds {capacity} tokens:"
                 " shorten the prompt or raise kv_cache_memory"
             )
+        if params.structured is not None:
+            self._grammars.read(params.structured)
         return prompt
 
     def add_request(
@@ -129,9 +136,11 @@ class Engine:
         if seed is None:
             seed = int(random_bits([self._seed], [0], [self._added])[0])
         ends = self._ends(params)
+        grammar = None if params.structured is None else self._grammars.read(params.structured)
         family: list[Request] = []
         now, since_epoch = time.monotonic(), time.time()
         for sample in range(params.n):
+            constraint = None if grammar is None else Constraint(grammar, ends, params.min_tokens)
             Request(
                 request_id=name,
                 prompt_token_ids=prompt,
@@ -142,7 +151,8 @@ class Engine:
                 number=self._added,
                 priority=priority,
                 family=family,
-                adjuster=Adjuster.needed(prompt, params, ends),
+                adjuster=Adjuster.needed(prompt, params, ends, constraint),
+                constraint=constraint,
                 arrival=now,
                 arrival_time=since_epoch,
             )
@@ -217,20 +227,20 @@ class Engine:
         return moved
 
     def warmup(self) -> None:
-        """Whatever is made ready on first use, made ready: what is being compiled, and a small forward pass.
+        """Whatever is made ready on first use, made ready: what is being compiled, graphs, and a small forward pass.
 
         Raises:
             InvalidRequest: requests are under way.
         """
         if self._requests:
             raise InvalidRequest("warm up before requests are added")
-        self._runner.wait()
         request = Request("warmup", (0, 0), SamplingParams(), seed=0)
         slot = self._cache.alloc()
         if slot is None:
             raise InvalidRequest("no slot is free: somebody else uses this engine's cache")
         try:
             self._cache.step({slot: request.num_tokens})
+            self._runner.capture(slot)
             self._runner.forward([Chunk(request, slot, 0, request.num_tokens)])
         finally:
             self._cache.free(slot)
@@ -284,6 +294,8 @@ class Engine:
         if token in sample.ends:
             sample.finish_reason = "stop"
             sample.stop_reason = token if token in sample.params.stop_token_ids else None
+        elif sample.constraint is not None and sample.constraint.complete(sample.output_token_ids):
+            sample.finish_reason = "stop"
         elif self.scheduler.last_token(sample, len(sample.output_token_ids)):
             sample.finish_reason = "length"
         if sample.params.stop_strings:

@@ -8,14 +8,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 import torch
 
-from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache
+from vattention.attention import choose
+from vattention.cache import Cache, KVCache, KVLayout, PagedKVCache, choosing
+from vattention.cache.choosing import Auto, Choice, Given
+from vattention.cache.opening import look
 from vattention.cache.paged import DEFAULT_BLOCK_SIZE
+from vattention.engine.budget import activation_bytes, check_share, settle_budget
 from vattention.engine.devices import pick_device
 from vattention.engine.engine import Engine
+from vattention.engine.graphs import CudaCapture
+from vattention.engine.kernels import check_layers, named_kernel
 from vattention.engine.loading import LoadedModel, load_model, parse_dtype
 from vattention.engine.runner import Runner
 from vattention.engine.sampling_params import whole
@@ -50,23 +57,28 @@ class LLMOptions(TypedDict, total=False):
     block_size: int | None
     enable_prefix_caching: bool
     compile: bool
+    cuda_graphs: bool | None
+    memory_utilization: float | None
     seed: int
     trust_remote_code: bool
+    attention_kernel: str | None
     max_num_batched_tokens: int | None
-    head_major: bool
-    layers_per_stream: int | None
-    kv_together: bool
+    head_major: bool | Auto
+    layers_per_stream: int | Auto | None
+    kv_together: bool | Auto
+    expected_tokens: int | None
     guard: bool
     poison: bool
 
 
 @dataclass(frozen=True, eq=False)
 class OpenEngine:
-    """An engine, and what its owner has to close: the cache."""
+    """An engine, what its owner has to close: the cache, and why that is laid out as it is (unless it is paged)."""
 
     loaded: LoadedModel
     cache: Cache
     engine: Engine
+    layout: Choice | None = None
 
 
 def open_engine(
@@ -82,33 +94,45 @@ def open_engine(
     block_size: int | None = None,
     enable_prefix_caching: bool = False,
     compile: bool = False,
+    cuda_graphs: bool | None = None,
+    memory_utilization: float | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    attention_kernel: str | None = None,
     max_num_batched_tokens: int | None = None,
-    head_major: bool = False,
-    layers_per_stream: int | None = 1,
-    kv_together: bool = False,
+    head_major: bool | Auto = "auto",
+    layers_per_stream: int | Auto | None = "auto",
+    kv_together: bool | Auto = "auto",
+    expected_tokens: int | None = None,
     guard: bool = False,
     poison: bool = False,
 ) -> OpenEngine:
     """Load a model and open its cache and engine. Arguments and errors are those of `LLM`, which calls it."""
     place = _place(model, device)
-    _refuse_what_is_not_built(enable_prefix_caching, place.type, compile=compile, paged=cache == "paged")
+    _refuse_what_is_not_built(enable_prefix_caching)
+    if cuda_graphs and (place.type != "cuda" or cache == "paged"):
+        raise ConfigError("cuda_graphs=True is for a GPU and the virtual cache: leave it out")
+    graphs = place.type == "cuda" and cache != "paged" and cuda_graphs is not False
+    check_share(memory_utilization, place, given=kv_cache_memory is not None)
     _check_cache(
         cache,
         block_size,
         page_size=page_size is not None,
-        head_major=head_major,
-        layers_per_stream=layers_per_stream != 1,
-        kv_together=kv_together,
+        head_major=head_major not in (False, "auto"),
+        layers_per_stream=layers_per_stream not in (1, "auto"),
+        kv_together=kv_together not in (False, "auto"),
+        expected_tokens=expected_tokens is not None,
         guard=guard,
     )
+    kernel = named_kernel(attention_kernel, place, paged=cache == "paged")
     with _as_config_errors():
         if block_size is not None:
             block_size = whole("block_size", block_size, at_least=1)
         seed = whole("seed", seed, at_least=0, below=2**64)
         if max_model_len is not None:
             max_model_len = whole("max_model_len", max_model_len, at_least=2)
+        if expected_tokens is not None:
+            expected_tokens = whole("expected_tokens", expected_tokens, at_least=1)
         rows = max_num_batched_tokens
         if rows is not None:
             rows = whole("max_num_batched_tokens", rows, at_least=1)
@@ -129,27 +153,44 @@ def open_engine(
             model, dtype=dtype, device=place, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
     shape = loaded.geometry
-    layout = shape.layout(
-        loaded.dtype,
-        max_num_seqs,
-        shape.longest_request(max_model_len),
-        head_major=head_major,
-        layers_per_stream=layers_per_stream,
-        kv_together=kv_together,
-    )
+    layout = shape.layout(loaded.dtype, max_num_seqs, shape.longest_request(max_model_len))
     if budget is None and place.type == "cpu":
         budget = default_budget(layout)
     elif place.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps in reserve is not free to others, the cache among them
+    choice: Choice | None = None
     kv_cache: Cache
     if cache == "paged":
-        assert budget is not None
-        kv_cache = PagedKVCache(layout, memory=budget, block_size=block_size or DEFAULT_BLOCK_SIZE, poison=poison)
+        memory = look(place, budget, memory_utilization).budget
+        size = block_size or DEFAULT_BLOCK_SIZE
+        kv_cache = PagedKVCache(layout, memory=memory, device=place, block_size=size, poison=poison)
     else:
-        kv_cache = KVCache(layout, device=place, memory=budget, page_size=page, guard=guard, poison=poison)
+        given = Given(head_major, layers_per_stream, kv_together, page)
+        found = look(place, budget, memory_utilization)
+        choice = choosing.choose(layout, found, expected_tokens=expected_tokens, given=given)
+        # Of a GPU, and without a size, the budget is provisional: graphs need the addresses to be there.
+        kv_cache = KVCache(
+            choice.layout,
+            device=place,
+            memory=budget,
+            memory_utilization=memory_utilization,
+            page_size=choice.page_size,
+            guard=guard,
+            poison=poison,
+        )
     try:
+        if kernel is not None:
+            check_layers(kernel, loaded.model, kv_cache)
+        runner = Runner(
+            loaded.model,
+            kv_cache,
+            kernel=kernel or choose.prepare,
+            compile=compile,
+            capture=CudaCapture(place) if graphs else None,
+            plan=choose.decode_plan if kernel is None else partial(choose.decode_plan, kernel=kernel.name),
+        )
         engine = Engine(
-            Runner(loaded.model, kv_cache, compile=compile),
+            runner,
             kv_cache,
             vocab_size=shape.vocab_size,
             max_num_seqs=max_num_seqs,
@@ -159,15 +200,20 @@ def open_engine(
             seed=seed,
             tokenizer=loaded.tokenizer,
         )
-        _announce(loaded, kv_cache, budget)
+        if graphs:
+            engine.warmup()  # so that what they take is known before pages take it
+        if place.type == "cuda" and budget is None and isinstance(kv_cache, KVCache):
+            taken = activation_bytes(loaded.model, rows, max_num_seqs)
+            settle_budget(kv_cache, memory_utilization, taken)
+        _announce(loaded, kv_cache, budget, choice)
     except BaseException:
         kv_cache.close()
         raise
-    return OpenEngine(loaded, kv_cache, engine)
+    return OpenEngine(loaded, kv_cache, engine, choice)
 
 
-def _announce(loaded: LoadedModel, cache: Cache, budget: int | None) -> None:
-    """One line about memory on stderr, and a warning where the longest request does not fit."""
+def _announce(loaded: LoadedModel, cache: Cache, budget: int | None, choice: Choice | None) -> None:
+    """A line about memory and one about the layout on stderr, and a warning where the longest request does not fit."""
     layout, capacity, stats = cache.layout, cache.capacity(), cache.stats()
     sys.stderr.write(
         f"vattention: {format_size(loaded.weight_bytes)} of weights"
@@ -175,6 +221,8 @@ def _announce(loaded: LoadedModel, cache: Cache, budget: int | None) -> None:
         f" KV cache: {format_size(stats.reserved)} reserved for {layout.max_num_seqs} x {layout.max_model_len}"
         f" tokens, {format_size(stats.budget if budget is None else budget)} physical budget, {capacity} tokens fit\n"
     )
+    if choice is not None:
+        sys.stderr.write(f"vattention: {choice}\n")
     if layout.max_model_len > capacity:
         warnings.warn(
             f"max_model_len={layout.max_model_len} is more than the KV budget holds ({capacity} tokens): a request"
@@ -204,13 +252,9 @@ def _place(model: Model, device: str) -> torch.device:
     return model.device
 
 
-def _refuse_what_is_not_built(enable_prefix_caching: bool, place: str, *, compile: bool, paged: bool) -> None:
+def _refuse_what_is_not_built(enable_prefix_caching: bool) -> None:
     if enable_prefix_caching:
         raise ConfigError("enable_prefix_caching is not built yet: leave it off")
-    if place != "cpu" and compile:
-        raise ConfigError("compile=True is built for CPUs only so far: leave it off")
-    if place != "cpu" and paged:
-        raise ConfigError('cache="paged" is built for CPUs only so far: use device="cpu", or the virtual cache')
 
 
 def _check_cache(cache: str, block_size: int | None, **virtual: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vattention.engine.adjustment import Adjuster
+from vattention.engine.constraint import Constraint
 from vattention.engine.generated_text import GeneratedText
 from vattention.engine.outputs import FinishReason, Logprob
 from vattention.engine.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ class Request:
         suspect: a pass that it was in has failed: it is computed alone until its next token.
         text: None where nobody has asked for it yet.
         adjuster: what changes its logits, or None.
+        constraint: which form its text has, or None; like the adjuster's, its state follows from `output_token_ids`.
         logprobs: one for each output token, where asked for.
         prompt_logprobs: of the leader: one for each prompt token scored so far, None for the first.
         arrival: when it was added, on `time.monotonic`. arrival_time: the same since the epoch.
@@ -63,6 +65,7 @@ class Request:
     suspect: bool = False
     text: GeneratedText | None = None
     adjuster: Adjuster | None = None
+    constraint: Constraint | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     arrival: float = 0.0

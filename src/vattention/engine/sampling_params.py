@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from vattention.engine.structured import StructuredOutput
 from vattention.errors import InvalidRequest
 
 _MOST_SAMPLES = 16_384  # more is a slip of the hand, and would be felt before it is noticed
@@ -32,7 +33,8 @@ class RequestOutputKind(Enum):
 class SamplingParams:
     """What one request wants.
 
-    The order of things is vLLM's: logit bias, penalties, `min_tokens`, temperature, `min_p`, `top_k`, `top_p`.
+    The order of things is vLLM's: logit bias, penalties, `min_tokens` and `structured`, temperature, `min_p`, `top_k`,
+    `top_p`.
 
     Attributes:
         n: samples of one prompt, each with random numbers of its own. At temperature 0 they would be equal: refused.
@@ -59,6 +61,9 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt but the first.
         detokenize: make text. Without it `stop` cannot work.
         skip_special_tokens: leave special tokens out of the text.
+        structured: the form that the answer must have, see `StructuredOutput`. It goes before all else that is asked
+            for: the answer ends where nothing can be added to it, whatever `min_tokens` and `ignore_eos` say, and end
+            tokens come only where it may end. Stop strings and stop tokens that are text end it wherever they are.
         output_kind: what outputs that come while the request runs hold.
 
     Raises:
@@ -85,12 +90,15 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, not {type(getattr(self, name)).__name__}")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise TypeError(f"structured must be a StructuredOutput, not {type(self.structured).__name__}")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, not {type(self.output_kind).__name__}")
         _number("temperature", self.temperature, at_least=0)

@@ -29,7 +29,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     - `middleware`: keys, admission, deadlines, body size, request ids, access log. Plain ASGI classes: Starlette's
       BaseHTTPMiddleware would hide disconnects from the routes.
     - `/metrics` and `/dashboard`: `add_metrics(app, llm, ...)` and `add_dashboard(app, llm, ...)`, called here.
-    - grammars and tool calls: `structure.py` and `tools.py`, called by the routes.
+    - grammars and tool calls: `structure.py` and `tools/`, called by the routes.
     - what is counted or limited for each request that generates: `generation.py`, the one door to the engine.
     - `ServerState`, at `app.state.server`: `warm`, and `draining`, to be set when the server is told to end.
 

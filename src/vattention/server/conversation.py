@@ -10,7 +10,7 @@ from vattention.engine.prompts import TokenizedPrompt
 from vattention.server.errors import ApiError
 from vattention.server.protocol.chat import ChatCompletionRequest, ChatMessage, ContentPart, ToolCall
 from vattention.server.state import ServerState
-from vattention.server.tools import template_tools
+from vattention.server.tools.request import tool_use
 
 _NOT_FOR_TEMPLATES = frozenset(
     {
@@ -43,9 +43,9 @@ async def conversation(state: ServerState, body: ChatCompletionRequest) -> Token
     taken = _NOT_FOR_TEMPLATES & options.keys()
     if taken:
         raise ApiError(400, f"chat_template_kwargs cannot set {', '.join(sorted(taken))}", param="chat_template_kwargs")
-    tools = template_tools(body)
-    if tools is not None:
-        options["tools"] = tools
+    use = tool_use(state, body)
+    if use is not None:
+        options["tools"] = use.for_template
     return await state.llm.tokenize_chat(
         [_message(place, message) for place, message in enumerate(body.messages)],
         chat_template=state.settings.chat_template,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vattention.server.protocol.base import Answer, Int, TokenIds, Usage
-from vattention.server.protocol.chat import ResponseFormat
+from vattention.server.protocol.chat import ResponseFormat, StructuredOutputs
 from vattention.server.protocol.sampling import SamplingFields
 
 CompletionPrompt = (
@@ -28,6 +28,7 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionLogprobs(Answer):

@@ -23,7 +23,8 @@ from vattention.server.state import ServerState, state_of
 from vattention.server.streaming import DONE, EventStream, event, whole
 from vattention.server.strict_json import JsonResponse, StrictRoute
 from vattention.server.structure import structured
-from vattention.server.tools import AnswerReader, MessageDelta, answer_reader
+from vattention.server.tools.reader import AnswerReader, MessageDelta
+from vattention.server.tools.request import ToolUse, answer_reader, tool_use
 from vattention.server.usage import UsageCount, usage_at_end, usage_in_chunks
 
 router = APIRouter(route_class=StrictRoute)
@@ -47,6 +48,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
 
 async def chat_job(state: ServerState, body: ChatCompletionRequest, name: str, param: str | None = None) -> Job:
     """What the engine is asked to do. `param`: what the client calls the limit. Raises ApiError, InvalidRequest."""
+    use = tool_use(state, body)
     prompt = await conversation(state, body)
     if param is None:
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -56,7 +58,8 @@ async def chat_job(state: ServerState, body: ChatCompletionRequest, name: str, p
         n=body.n,
         max_tokens=answer_limit(state, len(prompt.token_ids), asked, param),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        structured=structured(body),
+        structured=structured(body, use, state.llm.tokenizer),
+        **({"skip_special_tokens": False} if use is not None and use.hides_calls(state.llm.tokenizer) else {}),
     )
     return Job(name, prompt.token_ids, params, body.priority or 0)
 
@@ -67,7 +70,7 @@ async def _answer(state: ServerState, body: ChatCompletionRequest, head: dict[st
     answer = {
         **head,
         "object": "chat.completion",
-        "choices": [_choice(body, each) for each in output.outputs],
+        "choices": [_choice(body, tool_use(state, body), each) for each in output.outputs],
         "usage": usage.body(),
     }
     if body.return_token_ids:
@@ -75,8 +78,8 @@ async def _answer(state: ServerState, body: ChatCompletionRequest, head: dict[st
     return JsonResponse(answer)
 
 
-def _choice(body: ChatCompletionRequest, completion: CompletionOutput) -> dict[str, Any]:
-    told = answer_reader(body).feed(completion.text, last=True)
+def _choice(body: ChatCompletionRequest, use: ToolUse | None, completion: CompletionOutput) -> dict[str, Any]:
+    told = answer_reader(use).feed(completion.text, last=True)
     message: dict[str, Any] = {"role": "assistant", "content": told.content, "refusal": None}
     if told.tool_calls:
         message["content"] = told.content or None
@@ -124,7 +127,7 @@ async def _stream(state: ServerState, body: ChatCompletionRequest, head: dict[st
             for completion in output.outputs:
                 index = completion.index
                 if index not in readers:
-                    readers[index] = answer_reader(body)
+                    readers[index] = answer_reader(tool_use(state, body))
                     yield chunk(index, {"role": "assistant", "content": ""}, {"logprobs": None, "finish_reason": None})
                 usage.completion_tokens += len(completion.token_ids)
                 finished = completion.finish_reason is not None

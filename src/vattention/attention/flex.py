@@ -1,0 +1,354 @@
+"""FlexAttention on the slots as they are: soft caps, sinks, float32, and V of another width than K, on any device.
+
+torch compiles it for what a layer asks for; lengths, slots and windows are numbers in tensors, so that one piece of
+code serves every batch. What a request may look at is told in blocks of keys (a `BlockMask`), made once a batch.
+
+A kernel reads whole blocks of K and V, and multiplies what it then hides by zero, which NaN survives. So it is given
+nothing but tokens that are there:
+- a prompt is a call of its own, over exactly its `length` tokens: the kernel itself stops at the end of a tensor;
+- decodes are one call over all slots, in which each request sees its full blocks and no other. The tokens behind the
+  last full block, at least one and at most a block of them, are gathered, computed beside it, and weighed together
+  with the rest by the logsumexp of both. Nothing of this depends on a number the host has to know, so that it can be
+  captured in a graph.
+On a CPU FlexAttention returns no logsumexp: decodes are computed like prompts there, and sinks are not.
+
+Sources: https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html, arXiv 2412.05496; weighing parts of a
+softmax: FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from vattention.attention import native
+from vattention.attention.base import Attend, Features, Segment
+from vattention.attention.decode_plan import DecodeRows
+from vattention.attention.placing import place
+from vattention.attention.sinks import weigh
+from vattention.attention.splitting import decodes_apart
+
+BLOCK = 128
+"""Keys, and rows, of a block: what every kernel of FlexAttention takes."""
+
+_NARROWEST = 16
+"""Width that a matrix product on a GPU needs."""
+
+_failure: Exception | None = None
+"""What a compiler said: it would say so again, of everything."""
+
+
+class CannotCompile(Exception):
+    """There is no compiled FlexAttention in this process. Whoever asked computes the same in another way."""
+
+
+def missing(device: torch.device) -> str | None:
+    """Why there is none for this device; None where there may be."""
+    if _failure is not None:
+        return f"it could not be compiled here ({type(_failure).__name__})"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "it needs Triton, which is not installed or does not know this GPU"
+    if device.type != "cpu":
+        return "it is for GPUs and CPUs"
+    try:
+        native.find_compiler()
+    except FileNotFoundError as error:
+        return str(error)
+    return None
+
+
+def can(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> bool:
+    """Whether FlexAttention computes this."""
+    narrowest = min(keys.shape[3], values.shape[3])
+    return (
+        query.dtype == keys.dtype == values.dtype
+        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and narrowest >= (_NARROWEST if keys.device.type == "cuda" else 1)
+        and (features.sinks is None or keys.device.type != "cpu")
+    )
+
+
+def prepare(segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> Attend:
+    """The `Kernel` of this file, for layers that it `can`. Raises CannotCompile when it is called."""
+    if device.type == "cpu":
+        return _prompts(segments, device)
+    return decodes_apart(segments, device, decode, lambda several: _prompts(several, device))
+
+
+def decode(rows: DecodeRows) -> Attend:
+    """Attention of decodes alone, for layers that this kernel `can`, but not on a CPU."""
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        window = features.window
+        most = -(-rows.bound // BLOCK)
+        derive = functools.partial(_blocks_of_slots, keys.shape[0], window)
+        first, count, since = rows.keep(("flex", keys.shape[0], window), derive)
+        (last,) = rows.keep("flex rows", lambda _, lengths: [[length - 1 for length in lengths]], torch.int64)
+        run = _compiled(_decode, features.softcap is not None, _kind(query, keys, values), most)
+        numbers = (rows.single_slots, last, first, count, since, _floats(query, features))
+        out, logsumexp = _guarded(run, query, keys, values, *numbers)
+        return out if features.sinks is None else weigh(out, logsumexp, features.sinks)
+
+    return attend
+
+
+def _prompts(segments: Sequence[Segment], device: torch.device) -> Attend:
+    """Of requests with any number of rows, a call each."""
+
+    @functools.cache
+    def blocks(segment: Segment, window: int | None) -> tuple[torch.Tensor, ...]:
+        return _blocks_of_rows(segment, window, device)
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
+        kind = _kind(query, keys, values)
+        run = _compiled(_prompt, features.softcap is not None, kind, int(features.sinks is not None))
+        floats = _floats(query, features)
+        for segment in segments:
+            k, v = (side[segment.slot, : segment.length].transpose(0, 1)[None] for side in (keys, values))
+            q = query[None, :, segment.start : segment.end]
+            part, *logsumexp = _guarded(run, q, k, v, *blocks(segment, features.window), floats)
+            if features.sinks is not None:
+                part = weigh(part, logsumexp[0], features.sinks)
+            out[segment.start : segment.end] = part
+        return out
+
+    return attend
+
+
+# -- which blocks ---------------------------------------------------------------------------------------------------
+
+
+def _blocks_of_rows(segment: Segment, window: int | None, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """For each block of rows of a request, the blocks of keys that it sees.
+
+    Returns:
+        `[blocks of rows]` int32 twice: the first block of keys that any row sees, and how many there are up to the
+        last; `[2]` int64: tokens cached, and the window.
+    """
+    first, count = [], []
+    for row in range(0, segment.rows, BLOCK):
+        own = segment.cached + row
+        start = 0 if window is None else max(0, own + 1 - window) // BLOCK
+        end = -(-(segment.cached + min(row + BLOCK, segment.rows)) // BLOCK)
+        first.append(start)
+        count.append(end - start)
+    reach = segment.length if window is None else window
+    return *place((first, count), device, torch.int32), *place([[segment.cached, reach]], device)
+
+
+def _blocks_of_slots(
+    slots: int, window: int | None, of_rows: Sequence[int], lengths: Sequence[int]
+) -> Sequence[Sequence[int]]:
+    """For each slot of the cache: its first block that is seen, how many full ones follow, the first key seen."""
+    first, count, since = [0] * slots, [0] * slots, [0] * slots
+    for slot, length in zip(of_rows, lengths, strict=True):
+        since[slot] = 0 if window is None else max(0, length - window)
+        first[slot] = since[slot] // BLOCK
+        count[slot] = max(0, (length - 1) // BLOCK - first[slot])
+    return first, count, since
+
+
+def _mask(first: torch.Tensor, count: torch.Tensor, most: int, shape: tuple[int, int], mask_mod: Any) -> BlockMask:
+    """Neighbouring blocks of keys. `first`, `count`: `[batch, 1, blocks of rows]`, of at most `most` blocks."""
+    places = torch.arange(most, dtype=torch.int32, device=first.device)
+    # Places behind the last block of a row are never looked up, but must be in range.
+    indices = (first[..., None] + places).clamp_max(most - 1)
+    return BlockMask.from_kv_blocks(
+        count, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=shape, **_ONLY_FORWARD
+    )
+
+
+_ONLY_FORWARD: dict[str, Any] = (
+    {"compute_q_blocks": False} if "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters else {}
+)
+
+
+# -- what is compiled -----------------------------------------------------------------------------------------------
+
+
+def _prompt(capped: bool, logsumexp: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Rows of one request over all its keys, see `_blocks_of_rows`; `[rows, q_heads, width]`, and the logsumexp."""
+
+    def run(
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        first: torch.Tensor,
+        count: torch.Tensor,
+        numbers: torch.Tensor,
+        floats: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        def seen(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            own = row + numbers[0]
+            return (key <= own) & (key > own - numbers[1])
+
+        shape = (query.shape[2], keys.shape[2])
+        mask = _mask(first[None, None], count[None, None], -(-shape[1] // BLOCK), shape, seen)
+        score = _score(capped, floats)
+        if not logsumexp:
+            out = flex_attention(query, keys, values, score_mod=score, block_mask=mask, scale=1.0, enable_gqa=True)
+            return (out[0].transpose(0, 1),)
+        out, aux = flex_attention(
+            query,
+            keys,
+            values,
+            score_mod=score,
+            block_mask=mask,
+            scale=1.0,
+            enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )
+        assert aux.lse is not None
+        return out[0].transpose(0, 1), aux.lse[0].transpose(0, 1)
+
+    return run
+
+
+def _decode(capped: bool, most: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """One row a request, see `_blocks_of_slots`; `[rows, q_heads, width]`, and the logsumexp `[rows, q_heads]`.
+
+    `most` is how many blocks a request may have.
+    """
+
+    def run(
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        last: torch.Tensor,
+        first: torch.Tensor,
+        count: torch.Tensor,
+        since: torch.Tensor,
+        floats: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        def seen(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return key >= since[batch]
+
+        by_row = query.transpose(0, 1)  # [rows, q_heads, width]
+        every = by_row.new_zeros((keys.shape[0], by_row.shape[1], 1, by_row.shape[2]))
+        every = every.index_copy(0, slots, by_row[:, :, None])
+        shape = (1, keys.shape[1])
+        mask = _mask(first[:, None, None], count[:, None, None], most, shape, seen)
+        out, aux = flex_attention(
+            every,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            score_mod=_score(capped, floats),
+            block_mask=mask,
+            scale=1.0,
+            enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )
+        assert aux.lse is not None
+        full, total = out[slots, :, 0], aux.lse[slots, :, 0]
+        none = (count[slots] == 0)[:, None]
+        total = total.masked_fill(none, float("-inf"))
+        full = full.float().masked_fill(none[:, :, None], 0)
+
+        end, end_total = _end(by_row, keys, values, slots, last, since[slots], floats, capped)
+        whole = torch.logaddexp(total, end_total)
+        joined = full * torch.exp(total - whole)[:, :, None] + end * torch.exp(end_total - whole)[:, :, None]
+        return joined.to(query.dtype), whole
+
+    return run
+
+
+def _end(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    last: torch.Tensor,
+    since: torch.Tensor,
+    floats: torch.Tensor,
+    capped: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the tokens behind a request's last full block, `[rows, q_heads, width]`, and its logsumexp."""
+    rows, kv_heads = len(slots), keys.shape[2]
+    places = last[:, None] // BLOCK * BLOCK + torch.arange(BLOCK, device=last.device)
+    there = (places <= last[:, None]) & (places >= since[:, None])
+    places = torch.minimum(places, last[:, None])  # nothing past the end is read
+    k, v = (side[slots[:, None], places].float() for side in (keys, values))  # [rows, BLOCK, kv_heads, width]
+    grouped = query.float().unflatten(1, (kv_heads, -1))  # [rows, kv_heads, group, width]
+    scores = torch.einsum("rhgd,rthd->rhgt", grouped, k) * floats[0]
+    if capped:
+        scores = floats[1] * torch.tanh(scores / floats[1])
+    scores = scores.masked_fill(~there[:, None, None], float("-inf"))
+    total = scores.logsumexp(-1)
+    out = torch.einsum("rhgt,rthd->rhgd", torch.exp(scores - total[..., None]), v)
+    return out.reshape(rows, -1, values.shape[3]), total.reshape(rows, -1)
+
+
+def _score(capped: bool, floats: torch.Tensor) -> Any:
+    """The scale and the cap as numbers in a tensor: compiled code is for all of them, and is made but once."""
+
+    def scaled(
+        score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return score * floats[0]
+
+    def cap(
+        score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return floats[1] * torch.tanh(score * floats[0] / floats[1])
+
+    return cap if capped else scaled
+
+
+# -- compiling ------------------------------------------------------------------------------------------------------
+
+
+def _kind(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """What layers that share compiled code have in common."""
+    return query.dtype, keys.device, query.shape[0], *keys.shape[2:], values.shape[3]
+
+
+def _floats(query: torch.Tensor, features: Features) -> torch.Tensor:
+    scale = query.shape[2] ** -0.5 if features.scaling is None else features.scaling
+    return _on_device(scale, features.softcap or 0.0, query.device)
+
+
+@functools.cache
+def _on_device(scale: float, softcap: float, device: torch.device) -> torch.Tensor:
+    return torch.tensor([scale, softcap], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _compiled(
+    make: Callable[[bool, int], Callable[..., Any]], capped: bool, kind: tuple[Any, ...], number: int
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """What `make(capped, number)` returns, compiled for layers of that kind."""
+    run = make(capped, number)
+    # Dynamo keeps what it compiled by code object, and gives up after a few: kinds of layers must not share one.
+    run.__code__ = run.__code__.replace()
+    return torch.compile(run, fullgraph=True, dynamic=True)
+
+
+def _guarded(run: Callable[..., tuple[torch.Tensor, ...]], *args: Any) -> tuple[torch.Tensor, ...]:
+    """Call what is compiled; where a compiler fails, say so once, and raise CannotCompile from then on."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    global _failure
+    if _failure is not None:
+        raise CannotCompile from _failure
+    try:
+        return run(*args)
+    except TorchDynamoException as error:
+        _failure = error
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        warnings.warn(
+            f"FlexAttention cannot be compiled here ({type(error).__name__}: {reason[:300]}): layers that need it are"
+            " computed by plain operations, which are slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        raise CannotCompile from error
