@@ -99,8 +99,8 @@ def test_kinds_of_errors() -> None:
         answers = RemoteAnswers(server.url)
         with pytest.raises(EngineError, match="429"):
             list(answers.stream(HELLO, SamplingParams()))
+        server.behaviour = lambda number, body: "good"
         with pytest.raises(InvalidRequest, match="404"):
-            server.behaviour = lambda number, body: "good"
             list(RemoteAnswers(server.url, model="nope").stream(HELLO, SamplingParams()))
     with pytest.raises(EngineError, match="no server answers"):
         list(answers.stream(HELLO, SamplingParams()))
