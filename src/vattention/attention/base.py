@@ -167,6 +167,8 @@ class AttentionBatch:
         if self.places is not None:
             size = self.layers[0][0].shape[1]
             return self.places // size, self.places % size
+        if not self.segments:  # those of a plan
+            return self.single_slots, self.single_positions
         return place(
             (
                 [s.slot for s in self.segments for _ in range(s.rows)],
