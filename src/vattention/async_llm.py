@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -45,7 +46,8 @@ class AsyncLLM:
     def __init__(self, model: Model = None, **options: Unpack[LLMOptions]) -> None:
         opened = open_engine(model, **options)
         try:
-            self._loop = EngineLoop(opened.engine)
+            self._bell = _Bell()
+            self._loop = EngineLoop(opened.engine, together=self._bell.once)
         except BaseException:
             opened.cache.close()
             raise
@@ -218,7 +220,7 @@ class AsyncLLM:
         params = SamplingParams() if sampling_params is None else sampling_params
         # In a thread, as a long prompt takes long and the check may have to wait for pages that are being mapped.
         prompt = await asyncio.to_thread(self._prepare, make, params)
-        mailbox = _Mailbox(deltas=params.output_kind is RequestOutputKind.DELTA)
+        mailbox = _Mailbox(self._bell, deltas=params.output_kind is RequestOutputKind.DELTA)
         ticket = self._loop.submit(
             prompt.token_ids, params, mailbox.put, request_id=request_id, priority=priority, prompt=prompt.text
         )
@@ -236,13 +238,60 @@ class AsyncLLM:
         return TokenizedPrompt(text, self._engine.check(token_ids, params))
 
 
+class _Bell:
+    """Rings in event loops for the readers of one engine: once for all that a step brings.
+
+    Each call into another thread is a write to a socket, which hands the interpreter over in the middle of the engine's
+    work: one for every reader would cost more than what the readers do.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        self._holder: int | None = None  # the thread that rings later; any other one rings at once
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Ring at the end of the block for what this thread has rung for within it. One thread's alone."""
+        self._holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._holder = None
+            held, self._held = self._held, {}
+            for loop, calls in held.items():
+                _call(loop, partial(_call_all, calls))
+
+    def ring(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> bool:
+        """Have `loop` call `call`. False when it has been closed."""
+        if self._holder != threading.get_ident():
+            return _call(loop, call)
+        self._held.setdefault(loop, []).append(call)
+        return not loop.is_closed()
+
+
+def _call(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> bool:
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        if loop.is_closed():
+            return False
+        raise
+    return True
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+
+
 class _Mailbox:
     """From the engine's thread to one reader in the event loop that is running now.
 
     Holds the newest news only, or where they are deltas, no more of them than there are tokens in the answer.
     """
 
-    def __init__(self, *, deltas: bool) -> None:
+    def __init__(self, bell: _Bell, *, deltas: bool) -> None:
+        self._bell = bell
         self._loop = asyncio.get_running_loop()
         self._deltas = deltas
         self._lock = threading.Lock()  # held for moments, and by nobody who waits
@@ -265,13 +314,7 @@ class _Mailbox:
             if self._ringing:  # one call a reader waits in the event loop at most, however long that is busy
                 return not self._loop.is_closed()
             self._ringing = True
-        try:
-            self._loop.call_soon_threadsafe(self._ring)
-        except RuntimeError:
-            if self._loop.is_closed():
-                return False
-            raise
-        return True
+        return self._bell.ring(self._loop, self.look)
 
     async def get(self) -> RequestOutput:
         """Wait for news. Raises them if they are an error."""
@@ -286,7 +329,8 @@ class _Mailbox:
                 return joined(news)
             await self._ready.wait()
 
-    def _ring(self) -> None:
+    def look(self) -> None:
+        """Wake the reader, in its event loop."""
         with self._lock:
             self._ringing = False  # before the reader looks: news that come now are seen, later ones ring again
         self._ready.set()

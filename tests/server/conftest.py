@@ -50,6 +50,17 @@ def tireless(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def shared_server(tireless: str) -> Iterator[server_process.Server]:
     """One for all tests that leave it as it was: 8 answers at once, 24 that wait, bodies of 1 MiB at most."""
-    flags = ["--max-num-seqs", "8", "--max-queue", "24", "--kv-cache-memory", "256MiB", "--max-body-bytes", "1MiB"]
+    flags = [
+        "--max-tokens",
+        "32",
+        "--max-num-seqs",
+        "8",
+        "--max-queue",
+        "24",
+        "--kv-cache-memory",
+        "256MiB",
+        "--max-body-bytes",
+        "1MiB",
+    ]
     with server_process.serving(tireless, *flags, "--served-model-name", "tiny") as server:
         yield server

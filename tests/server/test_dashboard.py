@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +13,16 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from support.models import loaded, prompts_of, tiny_model
+from support.servers import serving
 from vattention import AsyncLLM, SamplingParams
 from vattention.engine.loading import LoadedModel
-from vattention.server.dashboard import add_dashboard
+from vattention.server.app import create_app
 from vattention.server.dashboard.data import MOST_REQUESTS, MOST_SLOTS, page_data
 from vattention.server.dashboard.history import POINTS, History
-from vattention.server.metrics import add_metrics
+from vattention.server.settings import ServerSettings
 
 LONG = 60.0
 PAGE = 4096
@@ -43,11 +42,8 @@ def endless(**more: Any) -> SamplingParams:
     return SamplingParams(**{"max_tokens": None, "ignore_eos": True, "seed": 1, **more})
 
 
-def new_app(llm: AsyncLLM) -> FastAPI:
-    app = FastAPI()
-    add_metrics(app, llm, model_name="tiny")
-    add_dashboard(app, llm, model_name="tiny")
-    return app
+def new_app(llm: AsyncLLM, **settings: Any) -> FastAPI:
+    return create_app(llm, ServerSettings(served_model_names=("tiny",), **settings))
 
 
 def column(data: dict[str, Any], name: str) -> list[Any]:
@@ -177,7 +173,8 @@ def test_the_page_is_one_piece_and_its_policy_allows_just_that(model):
         async with open_llm(model) as llm:
             transport = httpx.ASGITransport(new_app(llm))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                assert (await client.get("/dashboard/data", params={"after": "x"})).status_code == 422
+                for wrong in ("x", "-1", "1e400"):
+                    assert (await client.get("/dashboard/data", params={"after": wrong})).status_code == 400
                 assert (await client.get("/dashboard/data")).json()["points"] == []
                 return await client.get("/dashboard")
 
@@ -194,24 +191,20 @@ def test_the_page_is_one_piece_and_its_policy_allows_just_that(model):
     assert "/* page" not in response.text
 
 
+def test_it_can_be_left_out(model):
+    async def main() -> None:
+        async with open_llm(model) as llm:
+            transport = httpx.ASGITransport(new_app(llm, enable_dashboard=False, enable_metrics=False))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                for path in ("/dashboard", "/dashboard/data", "/metrics"):
+                    assert (await client.get(path)).status_code == 404
+
+    asyncio.run(main())
+
+
 # -- in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """The application on a port of its own, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(LONG)
-        listener.close()
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +317,17 @@ def test_a_browser_says_when_the_server_does_not_answer_any_more(model, browser)
             eventually(lambda: page.inner_text("#status") == "the engine has stopped")
         eventually(lambda: page.inner_text("#status") == "no answer")
         page.close()
+
+
+def test_with_api_keys_a_browser_needs_one_as_a_password(model, browser):
+    with open_engine(model) as llm, serving(new_app(llm, api_keys=("correct-horse",))) as url:
+        for path in ("/dashboard", "/dashboard/data", "/metrics"):
+            assert httpx.get(url + path).status_code == 401
+            assert httpx.get(url + path, headers={"authorization": "Bearer correct-horse"}).status_code == 200
+        context = browser.new_context(http_credentials={"username": "anybody", "password": "correct-horse"})
+        page = context.new_page()
+        page.goto(f"{url}/dashboard")
+        eventually(lambda: page.inner_text("#status") == "live")
+        assert page.locator(".slot").count() == 4
+        assert "correct-horse" not in page.content()
+        context.close()

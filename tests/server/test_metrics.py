@@ -189,24 +189,69 @@ def test_an_engine_that_has_stopped_is_seen(model):
     asyncio.run(main())
 
 
-GRAFANA = Path(__file__).parents[2] / "deploy/grafana/vattention.json"
+ROOT = Path(__file__).parents[2]
 
 
-def test_every_query_of_the_grafana_dashboard_asks_for_a_metric_there_is(model):
+@pytest.fixture(scope="module")
+def exported(model) -> set[str]:
+    """The names of all samples of a server that has done something."""
+
     async def main() -> set[str]:
         async with open_llm(model) as llm, client_of(new_app(llm)) as client:
             await client.get("/items/1")
             await read(llm, (1, 2, 3), params(2))
             return {name for name, _ in await scrape(client)}
 
-    there = asyncio.run(main())
-    dashboard = json.loads(GRAFANA.read_text())
+    return asyncio.run(main())
+
+
+def test_every_query_of_the_grafana_dashboard_asks_for_a_metric_there_is(exported):
+    dashboard = json.loads((ROOT / "deploy/grafana/vattention.json").read_text("utf-8"))
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
     queries += [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
     asked = {name for query in queries for name in re.findall(r"\bvattention:\w+", query)}
     assert len(panels) >= 10
     assert all("vattention:" in query for query in queries)
-    assert asked <= there, f"not exported: {sorted(asked - there)}"
+    assert asked <= exported, f"not exported: {sorted(asked - exported)}"
     labels = {label for query in queries for label in re.findall(r"(?:by \(|[{,]\s*)(\w+)\s*(?:=|\))", query)}
     assert labels <= {"model_name", "le", "finished_reason", "route", "status", "method", "verb", "kind", "state"}
+
+
+def test_the_guide_names_every_metric_and_no_other(exported):
+    guide = (ROOT / "docs/server.md").read_text("utf-8")
+    rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| `")]
+    named = {re.sub(r"{.*", "", name) for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    ours = {name.removeprefix("vattention:") for name in exported if name.startswith("vattention:")}
+    assert named == {re.sub(r"_(bucket|sum|count)$", "", name) for name in ours if not name.endswith("_created")}
+
+
+def test_a_server_counts_what_its_clients_are_told(tiny_server):
+    def told() -> dict[str, int]:
+        usages = [
+            httpx.post(
+                f"{tiny_server}/v1/completions",
+                json={"model": "tiny", "prompt": "Once upon a time", "max_tokens": 4, "n": n, "seed": 1},
+                timeout=60,
+            ).json()["usage"]
+            for n in (1, 2)
+        ]
+        return {name: sum(usage[name] for usage in usages) for name in ("prompt_tokens", "completion_tokens")}
+
+    def counted() -> dict[str, float]:
+        samples = {
+            (sample.name, sample.labels.get("route"), sample.labels.get("status")): sample.value
+            for family in parse(httpx.get(f"{tiny_server}/metrics").text)
+            for sample in family.samples
+        }
+        return {
+            "prompt_tokens": samples["vattention:prompt_tokens_total", None, None],
+            "completion_tokens": samples["vattention:generation_tokens_total", None, None],
+            "answers": samples.get(("vattention:http_requests_total", "/v1/completions", "200"), 0),
+        }
+
+    before = counted()
+    answers = told()
+    assert answers["completion_tokens"] > 0
+    after = counted()
+    assert {name: after[name] - before[name] for name in before} == {**answers, "answers": 2}

@@ -58,9 +58,33 @@ class Server:
         finally:
             connection.close()
 
-    def stream(self, body: Any, path: str = "/v1/completions", headers: Mapping[str, str] | None = None) -> "Stream":
-        """Begin a streamed answer."""
-        return Stream(self.port, path, {**body, "stream": True}, headers or {})
+    def metrics(self) -> dict[str, float]:
+        """Every number of /metrics by its name, those with several labels summed up, without `vattention:`."""
+        status, _, body = self.ask("/metrics")
+        assert status == 200, body
+        numbers: dict[str, float] = {}
+        for line in body.decode().splitlines():
+            match = re.match(r"(?:vattention:)?([\w:]+)(?:\{.*\})? (\S+)", line)
+            if match is not None:
+                numbers[match.group(1)] = numbers.get(match.group(1), 0.0) + float(match.group(2))
+        return numbers
+
+    @property
+    def is_idle(self) -> bool:
+        """No request runs or waits, no slot is in use, and no page is held by one."""
+        now = self.metrics()
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_live_slots", "kv_cache_mapped_bytes")
+        return not any(now[name] for name in names)
+
+    def stream(
+        self,
+        body: Any,
+        path: str = "/v1/completions",
+        headers: Mapping[str, str] | None = None,
+        buffer: int | None = None,
+    ) -> "Stream":
+        """Begin a streamed answer, with so many bytes of the kernel's to receive it in."""
+        return Stream(self.port, path, {**body, "stream": True}, headers or {}, buffer)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, and wait for the end: the exit code."""
@@ -78,8 +102,12 @@ class Server:
 class Stream:
     """A client that reads events from a socket, as slowly as a test likes, and can hang up in any way."""
 
-    def __init__(self, port: int, path: str, body: Any, headers: Mapping[str, str]) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    def __init__(self, port: int, path: str, body: Any, headers: Mapping[str, str], buffer: int | None) -> None:
+        self._socket = socket.socket()
+        self._socket.settimeout(PATIENCE)
+        if buffer is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self._socket.connect(("127.0.0.1", port))
         content = json.dumps(body).encode()
         lines = [f"POST {path} HTTP/1.1", "Host: test", "Content-Type: application/json"]
         lines += [f"{name}: {value}" for name, value in headers.items()]

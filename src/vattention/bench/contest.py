@@ -25,6 +25,7 @@ from vattention.memory.sizes import parse_size
 OURS = "vattention"
 _WORKERS = Path(__file__).parent / "peers"
 _OWN = "ours_worker.py"
+OWN_WORKER = str(_WORKERS / _OWN)
 
 
 @dataclass(frozen=True)

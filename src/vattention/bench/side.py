@@ -54,7 +54,7 @@ class Side:
         self._unread = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         try:
-            with _confined(cores):
+            with confined(cores):
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
@@ -200,7 +200,7 @@ def python_in(folder: str) -> str:
 
 
 @contextmanager
-def _confined(cores: Collection[int] | None) -> Iterator[None]:
+def confined(cores: Collection[int] | None) -> Iterator[None]:
     """What is started in here may only run on `cores`."""
     if cores is None:
         yield

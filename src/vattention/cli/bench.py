@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from vattention.cli.options import (
@@ -26,11 +27,12 @@ from vattention.errors import ConfigError
 
 def add_to(commands: Any) -> None:
     """Add the command, and its own."""
-    about = "measurements: throughput, latency, coldstart, memory, growth, generate, driver, kernels"
+    about = "measurements: throughput, latency, serve, coldstart, memory, growth, generate, driver, kernels"
     parser = commands.add_parser("bench", help=about, description="Measurements.")
     benches = parser.add_subparsers(required=True, metavar="WHAT")
     _add_throughput(benches)
     _add_latency(benches)
+    _add_serve(benches)
     _add_coldstart(benches)
     _add_memory(benches)
     _add_growth(benches)
@@ -68,6 +70,49 @@ def _add_latency(to: Any) -> None:
     add("--requests", type=int, metavar="N", help="one after the other, in each round (4)")
     add("--prompt-tokens", type=int, metavar="N", help="of each request (512)")
     add("--output-tokens", type=int, metavar="N", help="of each request (64)")
+
+
+def _add_serve(to: Any) -> None:
+    about = "load on servers that speak OpenAI's protocol, ours or not, one or several in turns"
+    parser = add_command(to, "serve", serve, about, _SERVE)
+    add = parser.add_argument
+    _add_contest(parser)
+    group = parser.add_argument_group("servers that run already").add_argument
+    group("--url", metavar="URL", help="the one under load (without it, ours is started, and every --peer)")
+    group("--side", type=_side, action="append", metavar="NAME=URL", help="one of several, in turns; may be repeated")
+    group("--api-key", metavar="KEY", help="sent to all of them (VATTENTION_API_KEY of the environment)")
+    group("--model-name", metavar="NAME", help="what requests ask for (the first that a server lists)")
+    group = parser.add_argument_group("requests").add_argument
+    group("--num-requests", type=int, metavar="N", help="of each round (24)")
+    group("--prompt-tokens", type=int, metavar="N", help="of each request (256)")
+    group("--output-tokens", type=int, metavar="N", help="of each request (64)")
+    group("--trace", metavar="CSV", help="take the lengths of the first --num-requests requests of this file instead")
+    group("--longest", type=int, metavar="N", help="what the lengths of a trace are scaled to fit, in and out (2048)")
+    group("--endpoint", metavar="NAME", help="completions or chat (completions)")
+    group("--prompts", metavar="KIND", help="ids, random token ids, or text (ids; of chat, text)")
+    group("--vocab-size", type=int, metavar="N", help="random ids are below it (10000)")
+    group(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        help="ask for exactly the tokens of output, which not every server can do (on)",
+    )
+    group("--body", type=_object, metavar="JSON", help='more fields of every request, such as {"top_p": 0.9}')
+    group = parser.add_argument_group("arrivals").add_argument
+    group("--concurrency", type=int, metavar="N", help="requests under way at most (8; of other arrivals, any number)")
+    group("--rate", type=float, metavar="R", help="Poisson arrivals, R a second")
+    group("--trace-arrivals", action="store_true", help="the times of the trace")
+    group("--speed", type=float, metavar="X", help="times as fast as the trace (1)")
+    group("--load", type=float, metavar="X", help="then Poisson arrivals at this share of what the first peer can do")
+    add(
+        "--must-win",
+        action="store_true",
+        help="fail unless ours is ahead in output, and in p50 and p99 of first tokens and tokens",
+    )
+    add("--overhead", action="store_true", help="our engine over HTTP against itself offline, everything at once")
+    add(
+        "--at-least", type=float, metavar="X", help="of --overhead: the share of the tokens a second that passes (0.95)"
+    )
+    add("--plot", metavar="F", help="draw the result into this file (.png, .svg, .pdf)")
 
 
 def _add_coldstart(to: Any) -> None:
@@ -233,6 +278,24 @@ def latency(args: argparse.Namespace) -> int:
     return run(filled(LatencyBench, args, contest=_contest(args)))
 
 
+def serve(args: argparse.Namespace) -> int:
+    """Load on servers."""
+    from vattention.bench.load.requests import Form
+    from vattention.bench.serve import ServeBench, run
+
+    asked = vars(args)
+    asked.setdefault("prompts", "text" if asked.get("endpoint") == "chat" else "ids")
+    asked.setdefault("api_key", os.environ.get("VATTENTION_API_KEY"))
+    # How long a server may take to start, and a request to be answered, is one option here.
+    options = filled(ServeBench, args, form=filled(Form, args), contest=_contest(args))
+    if asked.get("overhead"):
+        from vattention.bench.overhead import OverheadBench
+        from vattention.bench.overhead import run as run_overhead
+
+        return run_overhead(filled(OverheadBench, args, contest=options.contest))
+    return run(options)
+
+
 def coldstart(args: argparse.Namespace) -> int:
     """From starting a process to its first token."""
     from vattention.bench.coldstart import ColdstartBench, run
@@ -281,6 +344,22 @@ def _value(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"write a name, = and a number, not {text!r}") from None
+
+
+def _side(text: str) -> tuple[str, str]:
+    """NAME=URL."""
+    name, sign, url = text.partition("=")
+    if not name or not sign:
+        raise argparse.ArgumentTypeError(f"write a name, = and a URL, not {text!r}")
+    return name, url
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    found = _literal(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"write a JSON object, not {text!r}")
+    return found
 
 
 def _literal(text: str) -> Any:
@@ -354,6 +433,22 @@ Exit code 1: the conditions of the sides differ.
 examples:
   vattention bench latency
   vattention bench latency --peer transformers --peer-option transformers.cache=static --peer vllm=envs/vllm
+"""
+
+_SERVE = """\
+Servers that are started here get equal threads, and take turns as the sides of `vattention bench throughput` do: one
+that is not at work is stopped. In each round all sides get the same requests at the same times. Times are seen by the
+client: until the first text, and from there on the mean time of a token. All requests are streamed, greedy, and go on
+past the end of the text.
+Exit code 1: a request failed, --must-win and ours is not ahead, or --overhead and the share is below --at-least.
+
+examples:
+  vattention bench serve --compile --concurrency 16
+  vattention bench serve --url http://127.0.0.1:8000 --rate 2 --num-requests 100 --endpoint chat
+  vattention bench serve --url http://127.0.0.1:8000 --trace conversation.csv --trace-arrivals --speed 4
+  vattention bench serve --side a=http://127.0.0.1:8000 --side b=http://127.0.0.1:8001 --rounds 5
+  vattention bench serve --peer vllm=envs/vllm --compile --head-major --load 0.7 --must-win
+  vattention bench serve --overhead --compile --head-major --num-requests 32 --max-num-seqs 16
 """
 
 _COLDSTART = """\

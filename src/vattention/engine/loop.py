@@ -13,7 +13,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -79,10 +79,12 @@ class EngineLoop:
 
     Args:
         engine: from now on only this loop's thread may touch it.
+        together: entered in the engine's thread while the listeners are told what one step has brought.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, together: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         self._engine = engine
+        self._together = together
         # SimpleQueue, because `put` never waits, not even in a finalizer that interrupts another `put`.
         self._inbox: SimpleQueue[Ticket | _Abort | _Call | _Wake] = SimpleQueue()
         self._tickets: dict[str, Ticket] = {}  # only of the engine's thread
@@ -279,10 +281,11 @@ class EngineLoop:
             for each in ended:
                 self._tell(each, self._failure("the engine failed while it computed this request", error))
         else:
-            for leader in dict.fromkeys(sample.family[0] for sample in moved):
-                ticket = self._tickets.get(leader.request_id)
-                if ticket is not None and ticket.request is leader:
-                    self._publish(ticket, leader)
+            with self._together():
+                for leader in dict.fromkeys(sample.family[0] for sample in moved):
+                    ticket = self._tickets.get(leader.request_id)
+                    if ticket is not None and ticket.request is leader:
+                        self._publish(ticket, leader)
 
     def _publish(self, ticket: Ticket, request: Request) -> None:
         """Tell the listener how far its request is."""

@@ -14,7 +14,9 @@ from fastapi.openapi.utils import get_openapi
 from vattention.async_llm import AsyncLLM
 from vattention.errors import VAttentionError
 from vattention.server.admission import Admission
+from vattention.server.dashboard import add_dashboard
 from vattention.server.errors import add_error_handlers
+from vattention.server.metrics import add_metrics
 from vattention.server.middleware import guards
 from vattention.server.routes import ROUTERS
 from vattention.server.settings import ServerSettings
@@ -54,6 +56,10 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
+    if settings.enable_metrics:
+        add_metrics(app, llm, model_name=settings.served_model_names[0])
+    if settings.enable_dashboard:
+        add_dashboard(app, llm, model_name=settings.served_model_names[0])
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -107,8 +107,10 @@ def _validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
-    param = where[0] if where else None
+    if not where:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    param = where[0]
     # A field that may be of several types has an error for each.
     meanings = dict.fromkeys(error["msg"] for error in errors if error["loc"][1:2] == first["loc"][1:2])
     name = ".".join(where) if len(meanings) == 1 else param
-    return ApiError(400, f"{name or 'the body'}: {'; or: '.join(list(meanings)[:_MOST_MEANINGS])}", param=param)
+    return ApiError(400, f"{name}: {'; or: '.join(list(meanings)[:_MOST_MEANINGS])}", param=param)

@@ -30,6 +30,7 @@ class _Ours:
             **options["more"],
         )
         self._more, self._prefix_caching = options["more"], options["enable_prefix_caching"]
+        self._text = bool(options.get("text"))
         self._llm.warmup()
 
     def conditions(self) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class _Ours:
 
     def generate(self, prompts: Sequence[list[int]], outputs: Sequence[int]) -> list[int]:
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        results = self._llm.generate(given, [_params(output) for output in outputs], use_tqdm=False)
+        results = self._llm.generate(given, [_params(output, self._text) for output in outputs], use_tqdm=False)
         return [len(result.outputs[0].token_ids) for result in results]
 
     def stream(self, prompt: list[int], output: int) -> list[float]:
@@ -61,8 +62,8 @@ class _Ours:
         return times
 
 
-def _params(output: int) -> SamplingParams:
-    return SamplingParams(max_tokens=output, ignore_eos=True, temperature=0, detokenize=False)
+def _params(output: int, text: bool = False) -> SamplingParams:
+    return SamplingParams(max_tokens=output, ignore_eos=True, temperature=0, detokenize=text)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ class Access:
     A client's own `X-Request-Id` is kept if it is 1 to 128 of letters, digits and `._:-`. The line has the method, the
     path without what follows "?", the status, milliseconds, token counts and the client's address: no prompt, no
     answer, no header. 499 is the status of a client that left before it had one. Requests of those who only watch
-    (`/health`, `/ready`, `/metrics`) that went well are written at level debug. What nobody below has caught is written
-    with its trace, and the client is told 500 and no more.
+    (`/health`, `/ready`, `/metrics`, `/dashboard`) that went well are written at level debug. What nobody below has
+    caught is written with its trace, and the client is told 500 and no more.
 
     Args:
         log_prompts: add the body of the request, up to 64 KiB of it.
@@ -80,7 +80,8 @@ class Access:
     def _write(
         self, scope: Scope, record: Record, status: int, seconds: float, more: dict[str, Any], body: bytes
     ) -> None:
-        watched = scope["path"] in _WATCHERS and status < 400
+        path = scope["path"]
+        watched = status < 400 and (path in _WATCHERS or path.startswith("/dashboard"))
         level = logging.DEBUG if watched else logging.WARNING if status >= 500 else logging.INFO
         if not LOGGER.isEnabledFor(level):
             return
@@ -89,7 +90,7 @@ class Access:
             "request_id": record.request_id,
             "client": client[0] if client else None,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": path,
             "status": status,
             "ms": round(seconds * 1000, 1),
             "model": record.model,

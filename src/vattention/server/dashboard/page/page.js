@@ -25,6 +25,9 @@ function seconds(s) {
   return [s < 10 ? s.toFixed(2) : s < 100 ? s.toFixed(1) : whole(s), "s"];
 }
 
+/** A round time: 10 s, not 10.0 s. */
+const bare = (s) => s < 1 ? `${+(1000 * s).toPrecision(3)} ms` : `${+s.toPrecision(3)} s`;
+
 function age(s) {
   if (s < 60) return `${s.toFixed(s < 10 ? 1 : 0)} s`;
   if (s < 3600) return `${Math.floor(s / 60)} min`;
@@ -93,7 +96,7 @@ function draw_vital(figure) {
   figure.querySelector(".value").textContent = shown[0];
   figure.querySelector(".unit").textContent = shown[1];
   if (names[1]) figure.querySelector(".second").textContent = now[1] === null ? "–" : seconds(now[1]).join(" ");
-  figure.querySelector(".top").textContent = most > 0 ? (is_time ? seconds(top).join(" ") : whole(top)) : "";
+  figure.querySelector(".top").textContent = most > 0 ? (is_time ? bare(top) : whole(top)) : "";
   figure.querySelector(".ago").textContent = ago(span);
   svg.setAttribute("aria-label",
     `${figure.querySelector("figcaption").textContent}: ${shown.join(" ")} now, at most ${is_time ? seconds(most).join(" ") : whole(most)} ${ago(span)}`);
@@ -114,7 +117,7 @@ function draw_memory(memory) {
   }
   const none = Math.max(0, memory.budget - memory.created);
   for (const [name, size] of Object.entries({ ...parts, none })) if (name !== "broken") text(name, bytes(size));
-  text("memory-text", `${bytes(memory.created)} created of a budget of ${bytes(memory.budget)}, behind ${bytes(memory.reserved)} of addresses`);
+  text("memory-text", `${bytes(memory.created)} created of a budget of ${bytes(memory.budget)}, behind ${bytes(memory.reserved)} of addresses` + (memory.needed > memory.live ? `; sharing saves ${bytes(memory.needed - memory.live)}` : ""));
   bar.setAttribute("aria-label", `Of ${bytes(memory.budget)}: ${bytes(memory.live)} held by requests, ${bytes(memory.kept)} kept for the next ones, ${bytes(memory.free)} free, ${bytes(none)} not created`);
 }
 
