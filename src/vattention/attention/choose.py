@@ -1,9 +1,8 @@
 """Which kernel computes a layer.
 
 "auto", the default, asks in order of speed, layer by layer:
-- on a CPU: requests with a single row go to `cpu_decode`, where it can, and the others to `cpu_prefill`. What remains
-  is left to `blocked`, whose matrix products are faster than torch's attention there, unless rows are few; then to
-  `sdpa`;
+- on a CPU: requests with a single row go to `cpu_decode`, the others to `cpu_prefill`. What remains is left to
+  `blocked`, whose matrix products are faster than torch's attention there, unless rows are few; then to `sdpa`;
 - on a GPU: "flash", torch's own FlashAttention, for everything in half precision but soft caps; "flex" for those, for
   float32, and for V of another width than K; "blocked" where FlexAttention cannot be compiled.
 

@@ -369,8 +369,8 @@ def _no_view(tensor: torch.Tensor) -> torch.Tensor:
 def _guarded(run: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Call what is compiled; where a compiler fails, say so once, and raise CannotCompile from then on.
 
-    It is compiled for any sizes, but anew where a size is one that was not before, or where two that were the same
-    differ. Of the first there are as few as can be: nothing but rows may be one.
+    It is compiled for any sizes, but anew where one that was 1 is larger, or two that happened to be the same differ:
+    once or twice, after which it fits them all. So nothing but rows may be one here, and single numbers have no size.
     """
     from torch._dynamo.exc import TorchDynamoException
 
