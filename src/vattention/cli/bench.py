@@ -27,7 +27,7 @@ from vattention.errors import ConfigError
 
 def add_to(commands: Any) -> None:
     """Add the command, and its own."""
-    about = "measurements: throughput, latency, serve, coldstart, memory, growth, generate, driver, kernels"
+    about = "measurements: throughput, latency, serve, coldstart, memory, growth, generate, driver, kernels, step"
     parser = commands.add_parser("bench", help=about, description="Measurements.")
     benches = parser.add_subparsers(required=True, metavar="WHAT")
     _add_throughput(benches)
@@ -39,6 +39,7 @@ def add_to(commands: Any) -> None:
     _add_generate(benches)
     _add_driver(benches)
     _add_kernels(benches)
+    _add_step(benches)
 
 
 def _add_throughput(to: Any) -> None:
@@ -264,6 +265,22 @@ def _add_kernels(to: Any) -> None:
     add("--json", metavar="F", help="write the result to this file")
 
 
+def _add_step(to: Any) -> None:
+    about = "where the time of a pass goes on the CPU, beside what its bytes and its arithmetic need"
+    parser = add_command(to, "step", step, about, _STEP)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="a directory or a .gguf file; without it, the demo model")
+    add("--dtype", metavar="NAME", help="of weights, K and V: float32, bfloat16 or float16 (bfloat16)")
+    add("--requests", type=int, default=8, metavar="N", help="that decode together (8)")
+    add("--prompt-tokens", type=int, default=512, metavar="N", help="of each request (512)")
+    add("--passes", type=int, default=40, metavar="N", help="of decodes, timed (40)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="the model's layers, before (on)")
+    add("--threads", type=int, metavar="N", help="(torch's own number)")
+    add_layout(parser, chosen=True)
+    add("--json", metavar="F", help="write the result to this file")
+    add("--plot", metavar="F", help="draw the result into this file (.png, .svg, .pdf)")
+
+
 def throughput(args: argparse.Namespace) -> int:
     """All requests at once, side by side."""
     from vattention.bench.throughput import ThroughputBench, run
@@ -411,6 +428,37 @@ def kernels(args: argparse.Namespace) -> int:
     return run(filled(KernelBench, args))
 
 
+def step(args: argparse.Namespace) -> int:
+    """Time the parts of a pass."""
+    from dataclasses import asdict
+
+    import torch
+
+    from vattention.bench import step as bench
+    from vattention.bench.machine import check_writable, write_json
+    from vattention.llm import LLM
+
+    for path in (args.json, args.plot):
+        check_writable(path)
+    if min(args.requests, args.prompt_tokens, args.passes) < 1:
+        raise ConfigError("--requests, --prompt-tokens and --passes are at least 1")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    options: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": args.requests}
+    options["max_model_len"] = args.prompt_tokens + args.passes + 8
+    options |= given(args, ("dtype", "page_size", *LAYOUT))
+    with LLM(args.model, device="cpu", compile=args.compile, **options) as llm:
+        llm.warmup()
+        results = bench.run(llm, requests=args.requests, prompt_tokens=args.prompt_tokens, passes=args.passes)
+    print(bench.report(results))
+    if args.plot:
+        compiled = "compiled" if args.compile else "uncompiled"
+        title = f"{args.requests} x {args.prompt_tokens} tokens, {options['dtype']}, {compiled}"
+        bench.plot(args.plot, results, title=title)
+    write_json(args.json, "vattention bench step", {"results": [asdict(result) for result in results]})
+    return 0
+
+
 _THROUGHPUT = """\
 Every side is a process of its own, loads the model once, does each case once to warm up, and then works in turns with
 the others; a side that is not at work is stopped. A round of a case is two runs: one token of output from each prompt
@@ -495,6 +543,12 @@ _DRIVER = """\
 examples:
   vattention bench driver
   vattention bench driver --page-sizes 64KiB,256KiB --json driver.json
+"""
+
+_STEP = """\
+examples:
+  vattention bench step
+  vattention bench step models/llama --prompt-tokens 2048 --plot step.png
 """
 
 _KERNELS = """\
