@@ -169,13 +169,16 @@ class AsyncLLM:
         """
         return await asyncio.wrap_future(self._loop.abort_id(request_id))
 
-    async def warmup(self) -> None:
+    async def warmup(self, *, wait: bool = True) -> None:
         """Return when every path that is made ready on first use is ready.
+
+        Args:
+            wait: for what is being compiled; otherwise it goes on in the background, while requests are served.
 
         Raises:
             InvalidRequest: requests are under way, or closed.
         """
-        await asyncio.wrap_future(self._loop.call(self._engine.warmup))
+        await asyncio.wrap_future(self._loop.call(partial(self._engine.warmup, wait=wait)))
 
     def stats(self) -> CacheStats:
         """Bytes, pages and driver calls of the KV cache. Raises InvalidRequest once closed."""

@@ -27,7 +27,8 @@ def model() -> LoadedModel:
 
 
 def open_llm(model: LoadedModel, **options: Any) -> AsyncLLM:
-    return AsyncLLM(model, **{"max_num_seqs": 4, "kv_cache_memory": "4MiB", "max_model_len": 256, **options})
+    usual = {"max_num_seqs": 4, "kv_cache_memory": "4MiB", "max_model_len": 256, "compile": False}
+    return AsyncLLM(model, **{**usual, **options})
 
 
 def new_app(llm: AsyncLLM) -> FastAPI:

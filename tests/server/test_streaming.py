@@ -211,7 +211,7 @@ def test_many_streams_at_once_are_what_each_is_alone(tiny_server: str) -> None:
 def test_health_until_warm_and_after_the_end(tiny_llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     let = threading.Event()
     warmup = tiny_llm._engine.warmup
-    monkeypatch.setattr(tiny_llm._engine, "warmup", lambda: (let.wait(LONG), warmup())[1])
+    monkeypatch.setattr(tiny_llm._engine, "warmup", lambda **_: (let.wait(LONG), warmup())[1])
     app = create_app(tiny_llm, ServerSettings(served_model_names=("tiny",)))
     with serving(app) as url:
         assert httpx.get(f"{url}/health").status_code == 503

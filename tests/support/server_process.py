@@ -151,7 +151,8 @@ def serving(
     model: str | None, *flags: str, environ: Mapping[str, str] | None = None, ready: bool = True
 ) -> Iterator[Server]:
     """A server on a free port, which is killed at the end if it has not ended."""
-    command = [sys.executable, "-m", "vattention.cli", "serve", *([] if model is None else [model]), "--port", "0"]
+    named = [] if model is None else [model]
+    command = [sys.executable, "-m", "vattention.cli", "serve", *named, "--port", "0", "--no-compile"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VATTENTION_")}
     process = subprocess.Popen(
         [*command, "--log-format", "json", *flags],

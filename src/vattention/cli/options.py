@@ -90,7 +90,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--cache", metavar="NAME", help="virtual, or paged, to compare with (virtual)")
     add("--block-size", type=int, metavar="N", help="tokens of a block with --cache paged (16)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
-    add("--compile", action=switch, help="compile the model in the background (off)")
+    add("--compile", action=switch, help="compile the model in the background (where much is generated)")
     add("--cuda-graphs", action=switch, help="of a GPU: replay decode passes from captured graphs (on)")
     add("--attention-kernel", metavar="NAME", help="flash, flex, flashinfer, ... instead of the fastest (auto)")
 

@@ -56,7 +56,7 @@ class LLMOptions(TypedDict, total=False):
     cache: str
     block_size: int | None
     enable_prefix_caching: bool
-    compile: bool
+    compile: bool | None
     cuda_graphs: bool | None
     memory_utilization: float | None
     seed: int
@@ -93,7 +93,7 @@ def open_engine(
     cache: str = "virtual",
     block_size: int | None = None,
     enable_prefix_caching: bool = False,
-    compile: bool = False,
+    compile: bool | None = None,
     cuda_graphs: bool | None = None,
     memory_utilization: float | None = None,
     seed: int = 0,
