@@ -50,7 +50,7 @@ _PLAIN: tuple[tuple[str, Any, str, str], ...] = (
     ("stall_timeout", float, "S", "seconds that a client may leave an answer unread (60)"),
     ("drain_timeout", float, "S", "seconds for requests to end after SIGTERM (30)"),
 )
-_SWITCHES = ("log_prompts", "enable_metrics", "enable_dashboard")
+_SWITCHES = ("warm", "log_prompts", "enable_metrics", "enable_dashboard")
 
 
 def add_to(commands: Any) -> None:
@@ -70,6 +70,7 @@ def add_to(commands: Any) -> None:
         help="whose pages may ask, * for all; may be repeated (none)",
     )
     switch = argparse.BooleanOptionalAction
+    add("--warm", action=switch, help="be ready only when all is compiled that is compiled in the background (off)")
     add("--metrics", dest="enable_metrics", action=switch, help="/metrics for Prometheus (on)")
     add("--dashboard", dest="enable_dashboard", action=switch, help="the page at /dashboard (on)")
     add("--config", metavar="F", help="a TOML file with these options, by their names")

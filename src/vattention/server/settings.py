@@ -32,6 +32,7 @@ class ServerSettings:
         log_prompts: write the bodies of requests to the log, so what people ask. Off unless asked for.
         log_level, log_format: "debug" to "critical"; "json", a line an event, or "text".
         chat_template: in place of the tokenizer's own: the template itself.
+        warm: `/health` and `/ready` wait for what is compiled in the background, too.
         enable_metrics, enable_dashboard: serve `/metrics`, `/dashboard`.
 
     Raises:
@@ -56,6 +57,7 @@ class ServerSettings:
     log_level: str = "info"
     log_format: str = "json"
     chat_template: str | None = None
+    warm: bool = False
     enable_metrics: bool = True
     enable_dashboard: bool = True
 
