@@ -12,13 +12,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 
 from vattention.attention.base import AttentionBatch
+from vattention.bench.machine import check_writable, write_json
 from vattention.bench.table import table
 from vattention.engine import compiled, linears
 from vattention.engine.sampling_params import SamplingParams
@@ -49,6 +50,62 @@ class Result:
     tokens: int
     limits: Mapping[str, float]
     rates: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBench:
+    """What to measure, and where to write it.
+
+    Attributes:
+        model: as `LLM` takes it.
+        passes: of decodes, timed.
+        compile: the model's layers, before anything is timed.
+        threads: None: torch's own number.
+        json, plot: files, or None.
+    """
+
+    model: str | None = None
+    dtype: str = "bfloat16"
+    requests: int = 8
+    prompt_tokens: int = 512
+    passes: int = 40
+    compile: bool = True
+    threads: int | None = None
+    json: str | None = None
+    plot: str | None = None
+    command: str = "vattention bench step"
+
+
+def measure(bench: StepBench, *, layout: Mapping[str, Any]) -> int:
+    """Open the model, time its passes, and print and write what was found. `layout` as options of `LLM`.
+
+    Raises:
+        ConfigError: numbers below 1, a file that cannot be written, or what `LLM` raises.
+    """
+    for path in (bench.json, bench.plot):
+        check_writable(path)
+    if min(bench.requests, bench.prompt_tokens, bench.passes, bench.threads or 1) < 1:
+        raise ConfigError("--requests, --prompt-tokens, --passes and --threads are at least 1")
+    if bench.threads is not None:
+        torch.set_num_threads(bench.threads)
+    with LLM(
+        bench.model,
+        device="cpu",
+        dtype=bench.dtype,
+        max_num_seqs=bench.requests,
+        max_model_len=bench.prompt_tokens + bench.passes + 8,
+        compile=bench.compile,
+        **layout,
+    ) as llm:
+        llm.warmup()
+        results = run(llm, requests=bench.requests, prompt_tokens=bench.prompt_tokens, passes=bench.passes)
+    print(report(results))
+    if bench.plot:
+        compiled = "compiled" if bench.compile else "uncompiled"
+        plot(bench.plot, results, title=f"{bench.requests} x {bench.prompt_tokens} tokens, {bench.dtype}, {compiled}")
+    found = {"settings": asdict(bench), "layout": dict(layout), "results": [asdict(result) for result in results]}
+    write_json(bench.json, bench.command, found)
+    return 0
 
 
 def run(llm: LLM, *, requests: int, prompt_tokens: int, passes: int) -> list[Result]:
@@ -124,9 +181,7 @@ def plot(path: str, results: list[Result], *, title: str) -> None:
 
     figure = Figure(figsize=(9, 1.6 + 1.3 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = dict(
-        zip(_PARTS, ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cccccc", "#999999"), strict=True)
-    )
+    colours = dict(zip(_PARTS, ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cccccc", "#999999"), strict=True))
     panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for axes, result in zip(panels, results, strict=True):
         for height, values in ((1, result.milliseconds), (0, result.limits)):

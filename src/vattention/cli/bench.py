@@ -271,10 +271,10 @@ def _add_step(to: Any) -> None:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="a directory or a .gguf file; without it, the demo model")
     add("--dtype", metavar="NAME", help="of weights, K and V: float32, bfloat16 or float16 (bfloat16)")
-    add("--requests", type=int, default=8, metavar="N", help="that decode together (8)")
-    add("--prompt-tokens", type=int, default=512, metavar="N", help="of each request (512)")
-    add("--passes", type=int, default=40, metavar="N", help="of decodes, timed (40)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="the model's layers, before (on)")
+    add("--requests", type=int, metavar="N", help="that decode together (8)")
+    add("--prompt-tokens", type=int, metavar="N", help="of each request (512)")
+    add("--passes", type=int, metavar="N", help="of decodes, timed (40)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="the model's layers, before (on)")
     add("--threads", type=int, metavar="N", help="(torch's own number)")
     add_layout(parser, chosen=True)
     add("--json", metavar="F", help="write the result to this file")
@@ -430,33 +430,9 @@ def kernels(args: argparse.Namespace) -> int:
 
 def step(args: argparse.Namespace) -> int:
     """Time the parts of a pass."""
-    from dataclasses import asdict
+    from vattention.bench.step import StepBench, measure
 
-    import torch
-
-    from vattention.bench import step as bench
-    from vattention.bench.machine import check_writable, write_json
-    from vattention.llm import LLM
-
-    for path in (args.json, args.plot):
-        check_writable(path)
-    if min(args.requests, args.prompt_tokens, args.passes) < 1:
-        raise ConfigError("--requests, --prompt-tokens and --passes are at least 1")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    options: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": args.requests}
-    options["max_model_len"] = args.prompt_tokens + args.passes + 8
-    options |= given(args, ("dtype", "page_size", *LAYOUT))
-    with LLM(args.model, device="cpu", compile=args.compile, **options) as llm:
-        llm.warmup()
-        results = bench.run(llm, requests=args.requests, prompt_tokens=args.prompt_tokens, passes=args.passes)
-    print(bench.report(results))
-    if args.plot:
-        compiled = "compiled" if args.compile else "uncompiled"
-        title = f"{args.requests} x {args.prompt_tokens} tokens, {options['dtype']}, {compiled}"
-        bench.plot(args.plot, results, title=title)
-    write_json(args.json, "vattention bench step", {"results": [asdict(result) for result in results]})
-    return 0
+    return measure(filled(StepBench, args), layout=given(args, LAYOUT))
 
 
 _THROUGHPUT = """\
