@@ -69,7 +69,7 @@ def test_everything_on_the_emulated_device(gpu_check, capsys, tmp_path, monkeypa
 
 # -- what measures attention and the engine
 
-TINY = ["--device", "cpu", "--tiny", "--seconds", "5"]
+TINY = ["--device", "cpu", "--tiny", "--seconds", "60"]
 
 
 def test_a_part_alone_leaves_a_table_a_file_and_a_picture(gpu_check, capsys, tmp_path):

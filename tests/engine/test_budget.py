@@ -49,9 +49,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return FREE
 
     monkeypatch.setattr(opening, "_place", lambda model, device: torch.device("cuda", 0))
-    monkeypatch.setattr(opening, "KVCache", OnACPU)
     look = opening.look
-    monkeypatch.setattr(opening, "look", lambda device, size, share: look(torch.device("cpu"), size))
+    monkeypatch.setattr(opening, "look", lambda place, given, share: look(torch.device("cpu"), given or 64 * MIB))
+    monkeypatch.setattr(opening, "KVCache", OnACPU)
     monkeypatch.setattr(opening, "CudaCapture", capture)
     monkeypatch.setattr(opening, "Runner", lambda *args, **more: Runner(*args, **{**more, "plan": plan_on_a_cpu}))
     monkeypatch.setattr(budget, "default_budget", left)

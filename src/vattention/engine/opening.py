@@ -202,6 +202,7 @@ def open_engine(
         )
         if graphs:
             engine.warmup()  # so that what they take is known before pages take it
+            torch.cuda.empty_cache()  # of what the passes before each capture took
         if place.type == "cuda" and budget is None and isinstance(kv_cache, KVCache):
             taken = activation_bytes(loaded.model, rows, max_num_seqs)
             settle_budget(kv_cache, memory_utilization, taken)

@@ -23,7 +23,12 @@ from vattention.engine.loading import LoadedModel
 from vattention.errors import ConfigError, EngineError, VAttentionError
 
 _BLOCK = 256
-_ENGINES: dict[str, dict[str, Any]] = {"slots": {}, f"blocks of {_BLOCK}": {"cache": "paged", "block_size": _BLOCK}}
+_SLOTS, _NO_GRAPHS, _BLOCKS = "slots", "slots, no graphs", f"blocks of {_BLOCK}"
+_ENGINES: dict[str, dict[str, Any]] = {
+    _SLOTS: {},
+    _NO_GRAPHS: {"cuda_graphs": False},  # as blocks have none: what is left between these two is the layout
+    _BLOCKS: {"cache": "paged", "block_size": _BLOCK},
+}
 _WORKER = Path(__file__).parents[1] / "peers" / "vllm_worker.py"
 
 
@@ -93,11 +98,11 @@ def _report(
     text = f"{model.name}; a copy reaches {copied / 1e9:.0f} GB/s\n" + "\n".join(notes) + f"\n{first}"
     if served:
         text += "\n" + _served_table(served)
-    ratio = None
-    if len(served) == len(_ENGINES) and all(each.done for each in served.values()):
-        slots, blocks = (served[name].per_minute for name in _ENGINES)
-        ratio = slots / blocks
-        text += f"\nslots over blocks, requests a minute: {ratio:.3f}"
+    ratios = {}
+    for name in (_SLOTS, _NO_GRAPHS):
+        if name in served and _BLOCKS in served and served[_BLOCKS].done:
+            ratios[name] = served[name].per_minute / served[_BLOCKS].per_minute
+            text += f"\n{name} over {_BLOCKS}, requests a minute: {ratios[name]:.3f}"
     samples = {
         "model": model.name,
         "copy_bytes_per_second": copied,
@@ -105,7 +110,7 @@ def _report(
         "decode_seconds": steps,
         "limit_seconds": {batch: limit(model, wanted, batch, copied) for batch in wanted.batches},
         "served": {name: _as_json(each) for name, each in served.items()},
-        "ratio": ratio,
+        "over_blocks": ratios,
         "memory": wanted.memory,
     }
     series = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ Compute = Callable[[int], torch.Tensor]
 """From the number of a layer to `[rows, q_heads, width]`."""
 
 _WORKSPACE = 256 << 20  # of FlashInfer
+_PAGE = 64  # of FlashInfer over slots
 _BLOCKS = {"torch": 256, "FlashAttention-2": 256, "FlashAttention-3": 16, "FlashInfer": 16, "gathered": 16}
 """Tokens of a block: the paper's for FlashInfer and FlashAttention-2; torch's is FlashAttention-2 inside."""
 
@@ -282,14 +284,18 @@ def flash_attention(name: str, with_cache: Callable[..., Any]) -> Sides:
 
 
 def flashinfer(library: Any) -> Sides:
-    """Paged by its wrappers; contiguous by its kernel for one request, or, of decodes, with a slot as a large page."""
+    """Paged by its wrappers; contiguous by its kernel for one request, or, of decodes, with a slot as so many pages."""
 
     def contiguous(data: Data) -> Compute:
         case = data.case
         if case.rows == 1:
-            padded = data.layers[0][0].shape[1]
-            table = torch.arange(case.requests, dtype=torch.int32, device=case.device)[:, None]
-            return decode(data, table, padded, data.layers)
+            # A page list that is arithmetic: the library divides the work over keys in whole pages.
+            size = math.gcd(data.layers[0][0].shape[1], _PAGE)
+            in_slot = torch.arange(-(-case.length // size), dtype=torch.int32, device=case.device)
+            slots = torch.arange(case.requests, dtype=torch.int32, device=case.device)
+            table = slots[:, None] * (data.layers[0][0].shape[1] // size) + in_slot
+            views = [(_in_pages(k, size), _in_pages(v, size)) for k, v in data.layers]
+            return decode(data, table, size, views)
         return lambda layer: _each(library, data, layer)
 
     def over_blocks(data: Data) -> Compute:
@@ -317,6 +323,11 @@ def flashinfer(library: Any) -> Sides:
         return lambda layer: wrapper.run(data.query, layers[layer])
 
     return {"FlashInfer, contiguous": contiguous, "FlashInfer, paged": over_blocks}
+
+
+def _in_pages(side: torch.Tensor, size: int) -> torch.Tensor:
+    """A layer's slots as pages that lie behind one another: a view."""
+    return side.flatten(0, 1).unflatten(0, (-1, size))
 
 
 def _each(library: Any, data: Data, layer: int) -> torch.Tensor:
