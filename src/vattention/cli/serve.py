@@ -26,7 +26,6 @@ from vattention.cli.options import (
 )
 from vattention.cli.sources import Sources
 from vattention.errors import ConfigError
-from vattention.memory.sizes import parse_size
 
 if TYPE_CHECKING:
     from vattention.async_llm import AsyncLLM
@@ -159,6 +158,8 @@ def _name(model: str | None) -> str:
 
 
 def _size(text: str) -> int:
+    from vattention.memory.sizes import parse_size  # not for --help: its room loads torch
+
     try:
         return parse_size(text, "size")
     except ConfigError as error:

@@ -84,7 +84,7 @@ class ServerSettings:
             raise TypeError(f"host must be a str, not {type(self.host).__name__}")
         if self.chat_template is not None and not isinstance(self.chat_template, str):
             raise TypeError(f"chat_template must be a str or None, not {type(self.chat_template).__name__}")
-        for name in ("log_prompts", "enable_metrics", "enable_dashboard"):
+        for name in ("warm", "log_prompts", "enable_metrics", "enable_dashboard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, not {type(getattr(self, name)).__name__}")
         _one_of("log_level", self.log_level, LOG_LEVELS)
