@@ -151,13 +151,13 @@ def run(llm: LLM, *, requests: int, prompt_tokens: int, passes: int) -> list[Res
 
 
 def report(results: list[Result]) -> str:
-    """A table for each kind of pass."""
+    """A table for each kind of pass. Uncompiled, the linear layers are part of the rest of the layers."""
     blocks = []
     for result in results:
         rows = []
         for part in (*_PARTS, "pass"):
             taken, limit = result.milliseconds[part], result.limits.get(part)
-            share = "" if limit is None else f"{limit / taken:.0%}"
+            share = f"{limit / taken:.0%}" if limit and taken else ""
             rows.append((part, f"{taken:.2f}", "" if limit is None else f"{limit:.2f}", share))
         rate = (
             f"reading {result.rates['bytes'] / 1e9:.1f} GB/s"
