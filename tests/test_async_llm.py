@@ -515,7 +515,7 @@ def test_leaving_while_the_prompt_is_made_into_tokens(llm: AsyncLLM, monkeypatch
     async def main() -> None:
         with monkeypatch.context() as patched:
             patched.setattr(llm._engine, "check", slow)
-            task = asyncio.create_task(last_of(llm.generate("Hello", ENDLESS)))
+            task = asyncio.create_task(last_of(llm.generate("Hello " * 400, ENDLESS)))
             assert await asyncio.to_thread(begun.wait, LONG)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
