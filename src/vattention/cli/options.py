@@ -77,7 +77,7 @@ def add_capacity(parser: argparse.ArgumentParser, *, without: Collection[str] = 
         ("memory_utilization", float, "SHARE", "of a GPU's memory to be in use when the cache is full (0.9)"),
         ("page_size", str, "SIZE", 'such as "64KiB" (the cache chooses)'),
         ("max_num_seqs", int, "N", "requests computed at once (16)"),
-        ("max_num_batched_tokens", int, "N", "tokens in one forward pass (512)"),
+        ("max_num_batched_tokens", int, "N", "tokens in one forward pass (1024; of a GPU 2048)"),
     ):
         if name not in without:
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=about)

@@ -33,7 +33,7 @@ from vattention.memory.sizes import format_size, parse_size
 _DEFAULT_SEQS = 16
 """Requests computed at once."""
 
-_DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
+_DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 2048}
 """Rows of a pass: enough to keep matrix products efficient, few enough that decodes are not held up long."""
 
 _DEFAULT_MEMORY_SHARE = 2
