@@ -20,7 +20,7 @@ help:
 	@echo "make demo      install, then generate text with a small real model"
 	@echo "make test      install, then run the tests (minutes)"
 	@echo "make test-all  the same at full size (hours)"
-	@echo "make gpu-check on a machine with a GPU: its tests, and what CUDA's memory calls cost (minutes)"
+	@echo "make gpu-check on a machine with a GPU: its tests, and every measurement of docs/gpu.md (20 minutes)"
 	@echo "make lint      ruff, mypy and the import rules"
 	@echo "make venv      only create .venv, to install a PyTorch of your choice into it first"
 	@echo "make clean     remove .venv and every cache"
