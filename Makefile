@@ -3,7 +3,7 @@
 # Everything is installed into .venv and nowhere else. A stamp there says what has been installed; a change of
 # pyproject.toml outdates it. Extra arguments for pytest: make test ARGS="-k pool".
 
-.PHONY: help demo test test-all gpu-check lint venv clean
+.PHONY: help demo serve test test-all gpu-check lint venv clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -18,6 +18,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 help:
 	@echo "make demo      install, then generate text with a small real model"
+	@echo "make serve     install, then serve that model in OpenAI's protocol, on port 8000"
 	@echo "make test      install, then run the tests (minutes)"
 	@echo "make test-all  the same at full size (hours)"
 	@echo "make gpu-check on a machine with a GPU: its tests, and every measurement of docs/gpu.md (20 minutes)"
@@ -28,6 +29,9 @@ help:
 demo: $(VENV)/.demo $(VENV)/.model
 	@echo '==> $(DEMO)'
 	@$(DEMO)
+
+serve: $(VENV)/.demo $(VENV)/.server $(VENV)/.model
+	@$(BIN)/vattention serve $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.model
 	@echo "==> pytest"
@@ -66,8 +70,8 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# One rule for the extras demo, test and dev: the stamp is named after the extra.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.created pyproject.toml
+# One rule for the extras: the stamp is named after the extra.
+$(VENV)/.demo $(VENV)/.server $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.created pyproject.toml
 	@echo "==> Installing vattention[$*] (the first time this fetches PyTorch and transformers: minutes)"
 	@$(PIP) --editable ".[$*]"
 	@touch $@

@@ -515,7 +515,7 @@ def test_leaving_while_the_prompt_is_made_into_tokens(llm: AsyncLLM, monkeypatch
     async def main() -> None:
         with monkeypatch.context() as patched:
             patched.setattr(llm._engine, "check", slow)
-            task = asyncio.create_task(last_of(llm.generate("Hello", ENDLESS)))
+            task = asyncio.create_task(last_of(llm.generate("Hello " * 400, ENDLESS)))
             assert await asyncio.to_thread(begun.wait, LONG)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -874,3 +874,37 @@ def test_a_closed_one_has_no_snapshot(small: LoadedModel) -> None:
             await llm.snapshot()
 
     run(main())
+
+
+def test_readers_are_woken_once_a_step(small: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call into an event loop interrupts the engine: one for each reader of a step would be four times as many."""
+    with contextlib.closing(open_llm(small)) as llm:
+        steps = calls = 0
+        step = llm._engine.step
+
+        def counted_step() -> Any:
+            nonlocal steps
+            steps += 1
+            return step()
+
+        monkeypatch.setattr(llm._engine, "step", counted_step)
+
+        async def read() -> int:
+            params = replace(SHORT, max_tokens=40, output_kind=RequestOutputKind.DELTA)
+            outputs = [output async for output in llm.generate({"prompt_token_ids": [1, 2, 3]}, params)]
+            return sum(len(output.outputs[0].token_ids) for output in outputs if output.outputs)
+
+        async def main() -> list[int]:
+            loop = asyncio.get_running_loop()
+            call_soon = loop.call_soon_threadsafe
+
+            def counted(*args: Any, **more: Any) -> Any:
+                nonlocal calls
+                calls += threading.current_thread().name == "vattention-engine"
+                return call_soon(*args, **more)
+
+            monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+            return await asyncio.gather(*(read() for _ in range(4)))
+
+        assert run(main()) == [40] * 4
+        assert 0 < calls <= steps < 120

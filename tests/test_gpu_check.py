@@ -39,6 +39,7 @@ def test_a_machine_without_a_gpu(gpu_check, capsys):
 
 @pytest.mark.skipif(not drivers.EMULATED, reason="on the emulated device: see tests/memory/test_cuda_emulated.py")
 def test_everything_on_the_emulated_device(gpu_check, capsys, tmp_path, monkeypatch):
+    emulated_cuda.load().reset()  # tests in this process before may have left drivers open
     emulated_cuda.load().configure(granularity=64 << 10, memory=2 << 30, fill=-1)
     monkeypatch.setattr(gpu_check, "missing", lambda: None)
     monkeypatch.setattr(gpu_check, "card", lambda: {"card": "Emulated device 0"})

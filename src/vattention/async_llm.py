@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 from vattention.cache import CacheStats
 from vattention.engine.answer import joined
@@ -23,6 +23,12 @@ from vattention.engine.snapshot import Snapshot
 
 _UNREAD = 64
 """Deltas that are kept apart for a reader that does not come; more are made one."""
+
+
+T = TypeVar("T")
+
+_SHORT = 2048
+"""Characters, or tokens, of a prompt that the event loop makes ready itself."""
 
 
 class AsyncLLM:
@@ -90,7 +96,7 @@ class AsyncLLM:
         Raises: TypeError, InvalidRequest: see `generate`.
         """
         make = partial(tokenize, self._tokenizer, prompt, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(make)
+        return await _aside(make, here=_is_short(prompt))
 
     async def tokenize_chat(self, messages: Sequence[Message], **options: Any) -> TokenizedPrompt:
         """The text of a conversation in the model's chat template, and its token ids. Options and errors: `chat`."""
@@ -124,7 +130,8 @@ class AsyncLLM:
             EngineError: the engine failed with this request in it, or was closed, or has stopped for good.
             OutOfPages, or what else the engine raises for this request alone.
         """
-        return self._outputs(partial(tokenize, self._tokenizer, prompt), sampling_params, request_id, priority)
+        make = partial(tokenize, self._tokenizer, prompt)
+        return self._outputs(make, sampling_params, request_id, priority, short=_is_short(prompt))
 
     def chat(
         self,
@@ -169,13 +176,16 @@ class AsyncLLM:
         """
         return await asyncio.wrap_future(self._loop.abort_id(request_id))
 
-    async def warmup(self) -> None:
+    async def warmup(self, *, wait: bool = True) -> None:
         """Return when every path that is made ready on first use is ready.
+
+        Args:
+            wait: for what is being compiled; otherwise it goes on in the background, while requests are served.
 
         Raises:
             InvalidRequest: requests are under way, or closed.
         """
-        await asyncio.wrap_future(self._loop.call(self._engine.warmup))
+        await asyncio.wrap_future(self._loop.call(partial(self._engine.warmup, wait=wait)))
 
     def stats(self) -> CacheStats:
         """Bytes, pages and driver calls of the KV cache. Raises InvalidRequest once closed."""
@@ -216,10 +226,11 @@ class AsyncLLM:
         sampling_params: SamplingParams | None,
         request_id: str | None,
         priority: int,
+        *,
+        short: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         params = SamplingParams() if sampling_params is None else sampling_params
-        # In a thread, as a long prompt takes long and the check may have to wait for pages that are being mapped.
-        prompt = await asyncio.to_thread(self._prepare, make, params)
+        prompt = await _aside(partial(self._prepare, make, params), here=short and getattr(params, "structured", self) is None)
         mailbox = _Mailbox(self._bell, deltas=params.output_kind is RequestOutputKind.DELTA)
         ticket = self._loop.submit(
             prompt.token_ids, params, mailbox.put, request_id=request_id, priority=priority, prompt=prompt.text
@@ -236,6 +247,19 @@ class AsyncLLM:
     def _prepare(self, make: Callable[[], TokenizedPrompt], params: SamplingParams) -> TokenizedPrompt:
         text, token_ids = make()
         return TokenizedPrompt(text, self._engine.check(token_ids, params))
+
+
+def _is_short(prompt: Prompt) -> bool:
+    """Whether a prompt is made ready in well under a millisecond."""
+    content: Any = prompt
+    if isinstance(prompt, dict):
+        content = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    return isinstance(content, (str, list, tuple)) and len(content) <= _SHORT
+
+
+async def _aside(work: Callable[[], T], *, here: bool) -> T:
+    """The result of `work`, done in a thread unless `here`. With all cores at work that costs milliseconds."""
+    return work() if here else await asyncio.to_thread(work)
 
 
 class _Bell:

@@ -43,9 +43,9 @@ class LLM:
             them. For comparison; it takes none of page_size, guard and what is about the layout.
         block_size: tokens of a block where cache is "paged"; None: 16.
         enable_prefix_caching: not built yet.
-        compile: compile the model's layers in the background, from the start: passes run as they are until that has
-            ended, or `warmup` has returned, and faster from then on. Off, because it takes the processors for some
-            seconds. Where it is not possible there is one warning. With cuda_graphs opening waits for it.
+        compile: compile the model's layers, which takes the processors for some seconds; passes are faster from then
+            on. True: in the background, from the start. None, the default: on a CPU, when `warmup` is called. Where it
+            is not possible there is one warning. With cuda_graphs opening waits for it.
         cuda_graphs: of a GPU: capture passes of decodes into CUDA graphs when opening, which takes seconds; on unless
             False. Where that is not possible there is one warning. Tokens are the same with and without.
         memory_utilization: share of a GPU's memory that is in use when the cache is full, 0.9 by default: weights,

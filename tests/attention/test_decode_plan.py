@@ -5,13 +5,14 @@ import torch
 
 from support.flash import FlashOnACPU
 from vattention.attention import blocked, choose, varlen
-from vattention.attention.base import AttentionBatch, Features, Segment
+from vattention.attention.base import Features, Segment
+from vattention.attention.decode_batch import DecodeBatch
 from vattention.attention.decode_plan import DecodePlan, DecodeRows
 from vattention.cache import KVCache, KVLayout
 from vattention.errors import InvalidRequest, UnsupportedModel
 
 CPU = torch.device("cpu")
-PASSES = [([2, 0, 3], [17, 40, 1]), ([2, 0, 3], [18, 41, 2]), ([1, 2, 2], [96, 5, 5]), ([3, 0, 1], [1, 1, 1])]
+PASSES = [([2, 0, 3], [17, 40, 1]), ([2, 0, 3], [18, 41, 2]), ([1, 2], [96, 5]), ([3, 0, 1], [1, 1, 1])]
 
 
 @pytest.mark.parametrize("window", [None, 1, 17, 40, 500])
@@ -24,23 +25,22 @@ def test_one_plan_for_many_passes(window: int | None) -> None:
         keys, values = cache.layer(0)
         rows = DecodeRows([0] * 3, [1] * 3, bound=96, device=CPU)
         plan = DecodePlan(rows, varlen.decode(rows, operator=FlashOnACPU()))
-        addresses = None
+        batch, addresses = DecodeBatch([(keys, values)], 3, plan), None
         for slots, lengths in PASSES:
             cache.step(dict(zip(slots, lengths, strict=True)))
             for slot, length in zip(slots, lengths, strict=True):
                 for view in (keys, values):
                     view[slot, :length] = torch.randn((length, 2, 16), generator=generator).half()
             query, new = (torch.randn(heads, 3, 16, generator=generator).half() for heads in (6, 2))
-            plan.update(slots, lengths)
-            batch = AttentionBatch.of_plan(plan, [(keys, values)])
+            batch.update([0] * len(slots), slots, lengths)
+            batch.begin()
             out = batch.compute(0, query[None], new[None], new[None], asked)[0]
             for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-                if slots.count(slot) == 1:
-                    assert torch.equal(keys[slot, length - 1], new[:, row])
+                assert torch.equal(keys[slot, length - 1], new[:, row])
                 alone = blocked.prepare([Segment(slot, 0, 1, length)], dtype=keys.dtype, device=CPU)
                 expected = alone(query[:, row : row + 1], keys, values, asked)[0]
                 torch.testing.assert_close(out[row], expected, atol=1e-2, rtol=0)
-            tensors = [rows.single_slots, rows.single_positions, *rows.keep(("varlen", keys.shape[1], window), fail)]
+            tensors = [rows.slots_there, *rows.keep(("varlen", keys.shape[1], window), fail)]
             addresses = addresses or [tensor.data_ptr() for tensor in tensors]
             assert addresses == [tensor.data_ptr() for tensor in tensors]
         del keys, values
@@ -60,7 +60,7 @@ def test_what_kernels_derive_follows_each_update() -> None:
     rows.update([1, 0], [10, 1])
     assert sums.tolist() == [11, 1]
     assert seen == [((4, 5), (7, 8)), ((1, 0), (10, 1))]
-    assert (rows.single_slots.tolist(), rows.single_positions.tolist()) == ([1, 0], [9, 0])
+    assert rows.slots_there.tolist() == [1, 0]
     for slots, lengths in (([1], [1]), ([1, 2], [1]), ([1, 2], [1, 11]), ([1, 2], [0, 1])):
         with pytest.raises(InvalidRequest, match="make another plan"):
             rows.update(slots, lengths)

@@ -8,6 +8,7 @@ import torch
 
 from support.flash_attn import WithCacheOnACPU
 from support.flashinfer import FlashInferOnACPU
+from support.segments import filled, segments_of
 from vattention.attention import blocked, flash_attn, flashinfer
 from vattention.attention.base import Features, Segment
 from vattention.attention.decode_plan import DecodeRows
@@ -27,28 +28,6 @@ ASKED = {
     "sinks": Features(0.1, 30, sinks=SINKS),
 }
 TILE = 64
-
-
-def segments_of(batch: list[tuple[int, int, int]]) -> list[Segment]:
-    segments: list[Segment] = []
-    for slot, rows, length in batch:
-        segments.append(Segment(slot, segments[-1].end if segments else 0, rows, length))
-    return segments
-
-
-def filled(cache: KVCache, segments: list[Segment], q_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, and K and V of the last layer: random below the lengths, NaN in the rest of their pages."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        assert cache.alloc() is not None
-    cache.step({segment.slot: segment.length for segment in segments})
-    keys, values = cache.layer(cache.layout.num_layers - 1)
-    for segment in segments:
-        for view in (keys, values):
-            part = view[segment.slot, : segment.length]
-            part.copy_(torch.randn(part.shape, generator=generator))
-    query = torch.randn(segments[-1].end, q_heads, keys.shape[3], generator=generator) * 2
-    return query.to(keys.dtype).transpose(0, 1), keys, values
 
 
 @pytest.mark.parametrize(

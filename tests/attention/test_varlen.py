@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from support.flash import FlashOnACPU
+from support.segments import filled, segments_of
 from vattention.attention import blocked, choose, placing, varlen
-from vattention.attention.base import AttentionBatch, Features, Segment
+from vattention.attention.base import AttentionBatch, Features
 from vattention.cache import KVCache, KVLayout
 
 CPU = torch.device("cpu")
@@ -19,28 +20,6 @@ BATCHES = {
     "decodes first": [(2, 1, 17), (0, 1, 40), (3, 12, 70), (1, 5, 5)],
     "mixed": [(2, 17, 17), (0, 1, 40), (3, 12, 70), (1, 1, 1)],
 }
-
-
-def segments_of(batch: list[tuple[int, int, int]]) -> list[Segment]:
-    segments: list[Segment] = []
-    for slot, rows, length in batch:
-        segments.append(Segment(slot, segments[-1].end if segments else 0, rows, length))
-    return segments
-
-
-def filled(cache: KVCache, segments: list[Segment], q_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, and K and V of the last layer: random below the lengths, NaN in the rest of their pages."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        assert cache.alloc() is not None
-    cache.step({segment.slot: segment.length for segment in segments})
-    keys, values = cache.layer(cache.layout.num_layers - 1)
-    for segment in segments:
-        for view in (keys, values):
-            part = view[segment.slot, : segment.length]
-            part.copy_(torch.randn(part.shape, generator=generator))
-    query = torch.randn(segments[-1].end, q_heads, keys.shape[3], generator=generator) * 2
-    return query.to(keys.dtype).transpose(0, 1), keys, values
 
 
 @pytest.mark.parametrize(
@@ -177,6 +156,35 @@ def nothing_on_the_host(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     assert len(tensors) == 6
     assert all(x.device.type == "meta" for x in tensors)
     return torch.ops.aten._flash_attention_forward.default(*args, **kwargs)
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_torchs_public_function_is_called_as_the_operator_is(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if varlen._operator(False) is not varlen._varlen_attn:
+        pytest.skip("this torch has no seqused_k there")
+    assert varlen._operator(True) is torch.ops.aten._flash_attention_forward.default
+    flash = FlashOnACPU()
+
+    def varlen_attn(
+        *args: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool, seqused_k: torch.Tensor
+    ) -> Any:
+        assert enable_gqa
+        left, right = window_size
+        causal = window_size == (-1, 0)  # as torch decides it
+        numbers = {"window_size_left": left, "window_size_right": right, "seqused_k": seqused_k}
+        return flash(*args, 0.0, causal, False, scale=scale, **numbers)[0]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    segments = segments_of(BATCHES["mixed"])
+    with KVCache(KVLayout(1, 2, 16, torch.float16, 4, 96), memory="16MiB", guard=True, poison=True) as cache:
+        query, keys, values = filled(cache, segments, 6)
+        out = varlen.prepare(segments, dtype=keys.dtype, device=CPU)(query, keys, values, Features(0.5, window))
+        exact = blocked.prepare(segments, dtype=keys.dtype, device=CPU)(query, keys, values, Features(0.5, window))
+        torch.testing.assert_close(out, exact, atol=1e-2, rtol=0)
+        assert len(flash.calls) == 2
+        del keys, values
 
 
 def test_lists_travel_together() -> None:

@@ -42,13 +42,13 @@ def test_the_paged_sides_compute_the_same(layout: str, monkeypatch: pytest.Monke
     views = [(torch.randn(3, 64, 2, 16), torch.randn(3, 64, 2, 16))]
     query = torch.randn(3, 6, 16).transpose(0, 1)
     computed: list[torch.Tensor] = []
-    decode = cpu_decode.decode
+    run = cpu_decode._Prepared.run
 
-    def keeping(*args: Any, **more: Any) -> None:
-        decode(*args, **more)
-        computed.append(args[5])
+    def keeping(self: Any, *tensors: torch.Tensor) -> None:
+        run(self, *tensors)
+        computed.append(tensors[-1])
 
-    monkeypatch.setattr(cpu_decode, "decode", keeping)
+    monkeypatch.setattr(cpu_decode._Prepared, "run", keeping)
     kernels._sides(case, query)["cpu_decode"](views[0])
     for side, own in kernels._paged_sides(case, query, views).values():
         side(own[0])

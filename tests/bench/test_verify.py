@@ -16,6 +16,7 @@ from vattention.bench.reference import Answer, Reference
 from vattention.bench.verify import judge
 from vattention.cli import main
 from vattention.engine.loading import load_model
+from vattention.engine.runner import Runner
 from vattention.errors import ConfigError
 
 FEW = ["--prompts", "5", "--longest", "150", "--max-tokens", "8", "--kv-cache-memory", "64MiB"]
@@ -95,7 +96,8 @@ def test_a_mistake_in_attention_is_found(
             query, keys, values, replace(asked, scaling=asked.scaling * 1.05)
         )
 
-    monkeypatch.setattr("vattention.engine.runner.Runner.__init__.__kwdefaults__", {"kernel": wrong, "compile": False})
+    usual = Runner.__init__.__kwdefaults__
+    monkeypatch.setattr("vattention.engine.runner.Runner.__init__.__kwdefaults__", {**usual, "kernel": wrong})
     assert main(["verify", tiny_directory, *FEW, "--chunk", chunk, "--max-num-seqs", "4"]) == 1
     out = capsys.readouterr().out
     assert "DIFFERENT" in out
@@ -129,7 +131,7 @@ def test_bad_options_are_one_line_and_exit_code_2(
 
 def test_another_dtype_needs_to_be_told_what_to_accept(tiny_directory: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = [*FEW, "--dtype", "bfloat16", "--tie-gap", "0.5", "--chunk", "16"]
-    assert main(["verify", tiny_directory, *given, "--logit-error", "0.2"]) == 0
+    assert main(["verify", tiny_directory, *given, "--logit-error", "0.5"]) == 0
     assert main(["verify", tiny_directory, *given, "--logit-error", "1e-6"]) == 1
     assert "logits, by more than 1.0e-06 of their spread" in capsys.readouterr().out
 

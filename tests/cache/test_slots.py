@@ -86,9 +86,21 @@ def test_padding_is_not_shared_memory(cache):
     assert state.shared == 2 * STREAMS * PAGE
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_shared_pages_are_counted_right_after_forks_and_growth(cache, seed):
-    chance = random.Random(seed)
+OTHERS = {
+    "head-major": KVLayout(2, 2, 64, torch.float32, 6, 1000, head_major=True),
+    "in slices": KVLayout(3, 2, 64, torch.float32, 6, 1000, layers_per_stream=2),
+    "K and V together": KVLayout(2, 2, 64, torch.float32, 6, 1000, kv_together=True),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("layout", [LAYOUT, *OTHERS.values()], ids=["token-major", *OTHERS])
+def test_shared_pages_are_counted_right_after_forks_and_growth(layout, seed):
+    with KVCache(layout, memory=400 * PAGE, page_size=PAGE) as cache:
+        work_and_count(cache, random.Random(seed))
+
+
+def work_and_count(cache: KVCache, chance: random.Random) -> None:
     shared = 0
     for _ in range(120):
         live = [number for number, slot in enumerate(cache.slots()) if slot.live]

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from support.chat_models import save
-from vattention import LLM, SamplingParams
+from vattention import LLM, SamplingParams, StructuredOutput
 from vattention.cli.answers import EngineAnswers, Piece
 from vattention.cli.console import Console, Entry
 from vattention.cli.conversation import Conversation
@@ -200,6 +200,7 @@ def test_models_that_cannot_chat(bare_model: str, chatty: str, typed: Any, tmp_p
         ("stop_token_ids", "[1, 2]", (1, 2)),
         ("stop_token_ids", "none", ()),
         ("logit_bias", '{"5": -10}', {5: -10.0}),
+        ("structured", '{"choice": ["a", "b"]}', StructuredOutput(choice=["a", "b"])),
         ("ignore_eos", "on", True),
         ("skip_special_tokens", "false", False),
     ],
@@ -228,6 +229,10 @@ def test_values_as_people_write_them(name: str, text: str, value: Any) -> None:
         ("stop_token_ids", "5", "stop_token_ids must be a list such as [1, 2], not '5'"),
         ("logit_bias", "5", "logit_bias must map"),
         ("min_tokens", "600", "min_tokens=600 is more than max_tokens=512"),
+        ("structured", '{"regex": 3}', "regex must be a str"),
+        ("structured", '{"pattern": "a"}', "unexpected keyword argument"),
+        ("structured", "a", "structured must be an object such as"),
+        ("output_kind", "1", "output_kind stays as it is"),
         ("stats", "5", "stats is on or off"),
         ("model", "x", "there is no setting 'model'"),
     ],

@@ -73,6 +73,21 @@ def test_options_of_sampling_reach_the_engine(capsys: pytest.CaptureFixture[str]
     assert len(re.findall(r"12 out: length", out)) == 3
 
 
+@pytest.mark.usefixtures("demo")
+def test_answers_of_a_form(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    some = ["--prompt", "Is Paris in France?", "--kv-cache-memory", "64MiB", "--max-tokens", "12"]
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["Paris", "Rome"]}')
+    for form, answers in (
+        (["--choice", "yes it is", "--choice", "no"], ("yes it is", "no")),
+        (["--json-schema", str(schema)], ('"Paris"', '"Rome"')),
+    ):
+        assert main(["generate", *some, *form]) == 0
+        said = re.search(r"^Answer: (.*)$", capsys.readouterr().out, re.MULTILINE)
+        assert said is not None
+        assert said[1] in answers
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -85,6 +100,9 @@ def test_options_of_sampling_reach_the_engine(capsys: pytest.CaptureFixture[str]
         (["--prompt-file", "missing.txt"], "cannot read missing.txt"),
         (["--max-tokens", "0"], "max_tokens"),
         (["--temperature", "nan"], "temperature"),
+        (["--regex", "(a{999}){999}"], "regex is too large"),
+        (["--json-schema", "[1]"], "cannot read [1]"),
+        (["--regex", "a", "--choice", "b"], "not allowed with argument"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(

@@ -14,6 +14,7 @@ from vattention.errors import DriverError
 COMMANDS = [
     ["chat"],
     ["generate"],
+    ["serve"],
     ["info"],
     ["verify"],
     ["bench"],
@@ -38,7 +39,7 @@ def test_help_loads_no_library() -> None:
     )
     done = python(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("examples:") == 7
+    assert done.stdout.count("examples:") == 8
 
 
 @pytest.mark.parametrize("command", [[], ["nonsense"], ["info", "--bad"], ["verify", "--chunk", "a"], ["bench"]])

@@ -40,9 +40,9 @@ def test_every_option_of_llm_is_one_of_the_commands_that_open_one() -> None:
     assert options - {"max_num_seqs"} <= names(command("chat"))  # a conversation is one request
 
 
-def test_every_sampling_parameter_is_an_option_or_of_json_lines_alone() -> None:
+def test_every_sampling_parameter_is_an_option_or_of_json_lines_or_programs_alone() -> None:
     parameters = {each.name for each in fields(SamplingParams)}
-    assert parameters - names(command("generate")) == {"logit_bias", "detokenize"}
+    assert parameters - names(command("generate")) == {"logit_bias", "detokenize", "output_kind", "structured"}
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "verify", "bench growth"])

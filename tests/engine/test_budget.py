@@ -49,6 +49,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return FREE
 
     monkeypatch.setattr(opening, "_place", lambda model, device: torch.device("cuda", 0))
+    look = opening.look
+    monkeypatch.setattr(opening, "look", lambda place, given, share: look(torch.device("cpu"), given or 64 * MIB))
     monkeypatch.setattr(opening, "KVCache", OnACPU)
     monkeypatch.setattr(opening, "CudaCapture", capture)
     monkeypatch.setattr(opening, "Runner", lambda *args, **more: Runner(*args, **{**more, "plan": plan_on_a_cpu}))
@@ -64,7 +66,7 @@ def tokens(llm: LLM) -> list[tuple[int, ...]]:
 
 def test_the_budget_is_what_graphs_and_the_largest_pass_leave(events: list[str]) -> None:
     model = loaded(tiny_model())
-    with LLM(model, max_num_seqs=4) as llm:
+    with LLM(model, max_num_seqs=4, compile=False) as llm:
         assert events == ["cache", *["capture"] * 3, "largest pass", "left at None"]
         stats = llm.stats()
         # Pages that the capture has left mapped are the cache's already.
@@ -74,13 +76,13 @@ def test_the_budget_is_what_graphs_and_the_largest_pass_leave(events: list[str])
         assert events.count("capture") == 3
         llm.warmup()
         assert events.count("capture") == 3
-    with LLM(model, max_num_seqs=4, cuda_graphs=False, memory_utilization=0.5) as llm:
+    with LLM(model, max_num_seqs=4, cuda_graphs=False, memory_utilization=0.5, compile=False) as llm:
         assert events[6:] == ["cache", "largest pass", "left at 0.5"]
         assert tokens(llm) == with_graphs
 
 
 def test_a_size_that_is_given_stays(events: list[str]) -> None:
-    with LLM(loaded(tiny_model()), max_num_seqs=2, kv_cache_memory="8MiB") as llm:
+    with LLM(loaded(tiny_model()), max_num_seqs=2, kv_cache_memory="8MiB", compile=False) as llm:
         assert events == ["cache", "capture", "capture"]
         assert llm.stats().budget == 8 * MIB
 
@@ -88,7 +90,7 @@ def test_a_size_that_is_given_stays(events: list[str]) -> None:
 def test_nothing_left_is_said_and_nothing_stays_open(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "default_budget", lambda driver, share: PEAK // 2)
     with pytest.raises(ConfigError, match=r"5 MiB for the largest pass leave no memory .*cuda_graphs=False"):
-        LLM(loaded(tiny_model()), max_num_seqs=2)
+        LLM(loaded(tiny_model()), max_num_seqs=2, compile=False)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,38 @@ def test_who_shares_the_weights_does_not_notice() -> None:
             assert answers(plain) == before  # to the last bit
 
 
+@needs_compiler
+def test_left_to_itself_it_is_compiled_by_warmup() -> None:
+    model = tiny_model("llama")
+    with LLM(loaded(model), **OPTIONS) as llm:
+        before = tokens(llm)
+        assert model not in compiled._models
+        llm.engine.warmup(wait=False)
+        assert tokens(llm) == before  # while it is being compiled
+        llm.warmup()
+        assert compiled._models[model].ready
+        assert tokens(llm) == before
+    never = tiny_model("llama")
+    with LLM(loaded(never), compile=False, **OPTIONS) as llm:
+        llm.warmup()
+        assert never not in compiled._models
+
+
+@needs_compiler
+def test_layers_are_called_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not through the front door of torch.compile, whose checks take longer than small layers do."""
+    model = tiny_model("llama")
+    expected = [greedy(model, prompt, PARAMS.max_tokens or 0) for prompt in PROMPTS]
+    with LLM(loaded(model), compile=True, **OPTIONS) as llm:
+        llm.warmup()
+        layer = compiled.decoder_layers(model)[0]
+        shortcut = layer._compiled_call_impl.__closure__  # type: ignore[union-attr]
+        found = [cell.cell_contents for cell in shortcut if isinstance(cell.cell_contents, compiled.Shortcut)]
+        assert [sorted(route.rows) != [] for one, route in sorted(found[0]._routes.items())] == [True, False]
+        monkeypatch.setattr(found[0], "_door", None)
+        assert tokens(llm) == expected
+
+
 def test_without_a_compiler_the_results_are_the_same_after_one_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

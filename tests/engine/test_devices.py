@@ -99,9 +99,9 @@ def test_a_loaded_model_stays_where_it_is() -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_what_is_not_built_for_a_gpu() -> None:
-    with pytest.raises(ConfigError, match='cache="paged" is built for CPUs only'):
-        LLM("never looked at", device="cuda", cache="paged")
+def test_what_a_gpu_does_with_one_cache_only() -> None:
+    with pytest.raises(ConfigError, match="cuda_graphs=True is for a GPU and the virtual cache"):
+        LLM("never looked at", device="cuda", cache="paged", cuda_graphs=True)
 
 
 def test_weights_that_do_not_fit_the_device_are_refused_before_they_are_read(

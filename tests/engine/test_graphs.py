@@ -6,6 +6,7 @@ ones are in tests/gpu/test_graphs.py.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import warnings
@@ -29,7 +30,7 @@ from vattention.cache import KVCache, PagedKVCache
 from vattention.engine import compiled
 from vattention.engine.architectures import ACCEPTED
 from vattention.engine.engine import Engine
-from vattention.engine.graphs import MOST_ROWS, Captured, DecodeGraphs, buckets
+from vattention.engine.graphs import MOST_ROWS, Captured, CudaCapture, DecodeGraphs, buckets
 from vattention.engine.loading import LoadedModel
 from vattention.engine.runner import Runner, _Streams
 from vattention.errors import InvalidRequest
@@ -341,6 +342,53 @@ def test_the_streams_of_passes_are_told_to_the_cache_once_each(monkeypatch: pyte
     for _ in range(4):
         streams.note()
     assert told == [7, 9]
+
+
+def test_how_a_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stream and one pool for all graphs; a run before each capture; nobody else's allocations end it."""
+    events: list[Any] = []
+
+    def fake(name: str, result: Any = None) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            events.append((name, *args, *more.items()))
+            return contextlib.nullcontext() if result is None else result
+
+        return call
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = str(name)
+
+        def __repr__(self) -> str:
+            return self.name
+
+        def wait_stream(self, other: Any) -> None:
+            events.append(f"{self} waits for {other}")
+
+    graph = SimpleNamespace(replay=lambda: events.append("replay"))
+    for name, result in (("device", None), ("stream", None), ("graph", None), ("graph_pool_handle", "pool")):
+        monkeypatch.setattr(torch.cuda, name, fake(name, result))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    device = torch.device("cuda", 1)
+    capture = CudaCapture(device)
+    assert events == [("device", device), ("graph_pool_handle",)]
+    for _ in range(2):
+        events.clear()
+        captured = capture(lambda: events.append("work") or torch.ones(1))  # type: ignore[func-returns-value]
+        captured.replay()
+        how = (("pool", "pool"), ("stream", capture._stream), ("capture_error_mode", "thread_local"))
+        assert events == [
+            ("device", device),
+            "side waits for main",
+            ("stream", capture._stream),
+            "work",
+            "main waits for side",
+            ("graph", graph, *how),
+            "work",
+            "replay",
+        ]
 
 
 # -- padding

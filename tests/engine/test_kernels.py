@@ -84,6 +84,12 @@ def test_engines_with_a_named_kernel(kernel: str, model_type: str, monkeypatch: 
     assert worst_error(model, kernel) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_an_engine_with_flexattention() -> None:
+    """Compiled for this processor, in float32."""
+    assert worst_error(tiny_model("gemma2"), "flex") < 1e-3
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [("mistral", {"window": None}), ("gemma2", {"softcap": None}), ("gpt_oss", {"sinks": None})],

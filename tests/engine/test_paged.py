@@ -119,7 +119,8 @@ def test_a_table_that_is_wrong_would_be_seen(model: LoadedModel, monkeypatch: py
 
 
 def test_it_is_an_option(model: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
-    with LLM(model, cache="paged", block_size=24, kv_cache_memory="1MiB", max_model_len=128, max_num_seqs=2) as llm:
+    options = {"kv_cache_memory": "1MiB", "max_model_len": 128, "max_num_seqs": 2, "compile": False}
+    with LLM(model, cache="paged", block_size=24, **options) as llm:
         outputs = llm.generate([{"prompt_token_ids": list(PROMPTS[2])}], SamplingParams(max_tokens=5), use_tqdm=False)
         llm.warmup()
         assert llm.stats().pages_in_use == 0

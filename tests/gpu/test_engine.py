@@ -25,7 +25,7 @@ from support.models import (
     tiny_model,
 )
 from vattention import LLM, SamplingParams
-from vattention.attention import choose, varlen
+from vattention.attention import blocked, varlen
 from vattention.attention.base import Features, Segment
 from vattention.engine import sampler
 from vattention.engine.engine import Engine
@@ -71,7 +71,7 @@ def worst_error(engine: Engine, reference: Any, requests: Any) -> float:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt_oss", "minicpm3"])
 def test_float32_logits_are_those_of_transformers(model_type: str) -> None:
-    """Plain attention, windows, soft caps, sinks, and V of another width than K, by plain operations."""
+    """Plain attention, windows, soft caps, sinks, and V of another width than K."""
     model = tiny_model(model_type).to(DEVICE)
     engine = engine_on_gpu(model, max_num_batched_tokens=32)
     requests = run(engine, prompts_of(1, 17, 64, 100, 33), GREEDY)
@@ -121,7 +121,7 @@ def test_flash_attention_beside_plain_operations(window: int | None, width: int)
         prepare(segments, dtype=dtype, device=keys.device)(
             query.to(dtype).transpose(0, 1), keys.to(dtype), values.to(dtype), asked
         ).float()
-        for prepare, dtype in ((varlen.prepare, torch.bfloat16), (choose.prepare, torch.float32))
+        for prepare, dtype in ((varlen.prepare, torch.bfloat16), (blocked.prepare, torch.float32))
     )
     torch.testing.assert_close(flash, exact, atol=2e-2, rtol=2e-2)
 

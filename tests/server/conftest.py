@@ -19,7 +19,7 @@ def tiny_llm() -> Iterator[AsyncLLM]:
     """Random weights behind the demo model's tokenizer: quick, and its text is of every kind."""
     demo = demo_model()
     model = loaded(tiny_model(vocab_size=demo.geometry.vocab_size, hidden_size=24), demo.tokenizer)
-    llm = AsyncLLM(model, max_num_seqs=8, kv_cache_memory="16MiB")
+    llm = AsyncLLM(model, max_num_seqs=8, kv_cache_memory="16MiB", compile=False)
     yield llm
     llm.close()
 

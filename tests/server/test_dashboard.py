@@ -35,7 +35,7 @@ def model() -> LoadedModel:
 
 def open_llm(model: LoadedModel, **options: Any) -> AsyncLLM:
     options = {"max_num_seqs": 4, "kv_cache_memory": "4MiB", "max_model_len": 256, "page_size": PAGE, **options}
-    return AsyncLLM(model, **options)
+    return AsyncLLM(model, compile=False, **options)
 
 
 def endless(**more: Any) -> SamplingParams:

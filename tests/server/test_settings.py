@@ -31,6 +31,7 @@ def test_a_value_that_cannot_be_is_named(name: str, value: Any) -> None:
         *(("served_model_names", "m"), ("api_keys", ["k"]), ("cors_origins", (1,)), ("max_queue", 1.0)),
         *(("max_tokens", True), ("port", "80"), ("request_timeout", "1"), ("host", None), ("log_prompts", 1)),
         ("chat_template", b""),
+        ("warm", 1),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(name: str, value: Any) -> None:

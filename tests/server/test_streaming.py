@@ -108,12 +108,18 @@ def test_a_client_that_goes_away_ends_its_request_within_one_step(
     assert tiny_llm.stats().live_slots == 0
 
 
-def test_a_client_that_goes_away_while_it_waits_for_its_turn(tiny_server: str, tiny_llm: AsyncLLM, gate: Gate) -> None:
+def test_a_client_that_goes_away_while_it_waits_for_its_turn(
+    tiny_server: str, tiny_llm: AsyncLLM, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, submit, abort = tiny_llm._loop, tiny_llm._loop.submit, tiny_llm._loop.abort
+    calls: list[str] = []
+    monkeypatch.setattr(loop, "submit", lambda *a, **k: (submit(*a, **k), calls.append("submit"))[0])
+    monkeypatch.setattr(loop, "abort", lambda ticket: (abort(ticket), calls.append("abort"))[0])
     connections = [sent(tiny_server, "/v1/completions", {**ENDLESS, "stream": True}) for _ in range(10)]
-    wait_until(lambda: tiny_llm._loop._inbox.qsize() >= 9)  # 8 run at once
+    wait_until(lambda: calls.count("submit") == 10)  # 8 run at once
     for connection in connections:
         connection.close()
-    wait_until(lambda: tiny_llm._loop._inbox.qsize() >= 19)
+    wait_until(lambda: calls.count("abort") == 10)
     gate.let(5)
     assert unfinished(tiny_llm) == 0
 
@@ -211,7 +217,7 @@ def test_many_streams_at_once_are_what_each_is_alone(tiny_server: str) -> None:
 def test_health_until_warm_and_after_the_end(tiny_llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     let = threading.Event()
     warmup = tiny_llm._engine.warmup
-    monkeypatch.setattr(tiny_llm._engine, "warmup", lambda: (let.wait(LONG), warmup())[1])
+    monkeypatch.setattr(tiny_llm._engine, "warmup", lambda **_: (let.wait(LONG), warmup())[1])
     app = create_app(tiny_llm, ServerSettings(served_model_names=("tiny",)))
     with serving(app) as url:
         assert httpx.get(f"{url}/health").status_code == 503

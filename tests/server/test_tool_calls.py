@@ -34,14 +34,14 @@ def tiny() -> Iterator[AsyncLLM]:
     """Random weights behind the demo model's tokenizer."""
     demo = demo_model()
     small = tiny_model(vocab_size=demo.geometry.vocab_size, hidden_size=24, max_position_embeddings=1024)
-    llm = AsyncLLM(loaded(small, demo.tokenizer), max_num_seqs=8, kv_cache_memory="32MiB")
+    llm = AsyncLLM(loaded(small, demo.tokenizer), max_num_seqs=8, kv_cache_memory="32MiB", compile=False)
     yield llm
     llm.close()
 
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(demo_model(), max_model_len=512, max_num_seqs=4, kv_cache_memory="128MiB")
+    llm = AsyncLLM(demo_model(), max_model_len=512, max_num_seqs=4, kv_cache_memory="128MiB", compile=False)
     yield llm
     llm.close()
 

@@ -37,4 +37,5 @@ def everything(cache: KVCache, slot: int) -> dict[str, Callable[[], Any]]:
         "trim": cache.trim,
         "stats": cache.stats,
         "slots": cache.slots,
+        "watch": lambda: cache.watch(0),
     }

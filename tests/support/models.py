@@ -235,11 +235,8 @@ class Recorder:
                 self.logits.setdefault(chunk.request.request_id, {})[chunk.end] = row.float().clone()
         return logits
 
-    def wait(self) -> None:
-        self.runner.wait()
-
-    def capture(self, slot: int) -> None:
-        self.runner.capture(slot)
+    def get_ready(self, slot: int, *, wait: bool = True) -> None:
+        self.runner.get_ready(slot, wait=wait)
 
     def of(self, request_id: str) -> torch.Tensor:
         """`[output, vocabulary]`, in order of position."""

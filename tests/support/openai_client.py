@@ -78,7 +78,7 @@ def _outcome(work: Callable[[], Any]) -> Any:
 def _essence(answer: Any) -> Any:
     """What does not depend on names, times, and how a stream was cut into chunks."""
     if isinstance(answer, Exception):
-        return type(answer), str(answer)
+        return type(answer), getattr(answer, "status_code", None)
     if isinstance(answer, list):
         texts: dict[int, list[Any]] = {}
         for chunk in answer:

@@ -56,6 +56,35 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+_KEYWORDS = (
+    *("type", "properties", "required", "items", "enum", "const", "anyOf", "oneOf", "allOf", "not", "$ref", "$defs"),
+    *(
+        "pattern",
+        "format",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "multipleOf",
+        "minLength",
+        "maxLength",
+        "minItems",
+    ),
+    *("additionalProperties", "patternProperties", "prefixItems", "maxProperties", "if", "$id", "x-guidance"),
+)
+_ODD = ["string", "integer", "object", "array", "#", "#/$defs/a", "^a+$", "(?<x>a)", "[", "date-time", "\0", "é"]
+_NUMBERS = [0, 1, -1, 3, 0.1, 1e-300, 1e308, 10**20, 2**63, 100_000, 99_991]
+
+
+def nearly_schemas() -> st.SearchStrategy[dict[str, Any]]:
+    """Words of JSON Schema, said in any order."""
+    leaves = st.one_of(st.none(), st.booleans(), st.sampled_from(_NUMBERS), st.sampled_from(_ODD))
+    keys = st.sampled_from((*_KEYWORDS, "a", "b"))
+    values = st.recursive(
+        leaves, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=4))
+    )
+    return st.dictionaries(st.sampled_from(_KEYWORDS), values, max_size=4)
+
+
 def valid(value: Any, schema: dict[str, Any]) -> bool:
     """Whether `value` is of `schema`, which is one of `schemas`."""
     import re

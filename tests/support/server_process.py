@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds that anything may take on a busy machine before a test gives up."""
 
 
@@ -26,7 +27,7 @@ class Server:
     """`vattention serve`, as it runs."""
 
     process: subprocess.Popen[str]
-    lines: list[str] = field(default_factory=list)
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=100_000))
     port: int = 0
 
     def events(self, message: str | None = None) -> list[dict[str, Any]]:
@@ -151,7 +152,8 @@ def serving(
     model: str | None, *flags: str, environ: Mapping[str, str] | None = None, ready: bool = True
 ) -> Iterator[Server]:
     """A server on a free port, which is killed at the end if it has not ended."""
-    command = [sys.executable, "-m", "vattention.cli", "serve", *([] if model is None else [model]), "--port", "0"]
+    named = [] if model is None else [model]
+    command = [sys.executable, "-m", "vattention.cli", "serve", *named, "--port", "0", "--no-compile"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VATTENTION_")}
     process = subprocess.Popen(
         [*command, "--log-format", "json", *flags],

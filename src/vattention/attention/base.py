@@ -14,16 +14,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from vattention.attention import cpu_write
 from vattention.attention.placing import place
 from vattention.errors import InvalidRequest, UnsupportedModel
-
-if TYPE_CHECKING:
-    from vattention.attention.decode_plan import DecodePlan
 
 NAME = "vattention_batch"
 """What the engine's `attn_implementation` and the keyword argument that carries the `AttentionBatch` are called."""
@@ -153,12 +150,6 @@ class AttentionBatch:
             places=None if table is None else _places(segments, table, keys.shape[1]).to(keys.device),
         )
 
-    @classmethod
-    def of_plan(cls, plan: DecodePlan, layers: Layers) -> AttentionBatch:
-        """One pass over the rows of `plan`, all of them decodes. Everything it reads is in the plan's tensors."""
-        rows = plan.rows
-        return cls((), layers, plan.attend, len(rows), rows.single_slots, rows.single_positions)
-
     @functools.cached_property
     def _where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot and the position of each row, `[rows]` int64; in a paged cache its block, and the place there."""
@@ -167,8 +158,6 @@ class AttentionBatch:
         if self.places is not None:
             size = self.layers[0][0].shape[1]
             return self.places // size, self.places % size
-        if not self.segments:  # those of a plan
-            return self.single_slots, self.single_positions
         return place(
             (
                 [s.slot for s in self.segments for _ in range(s.rows)],

@@ -4,12 +4,11 @@ A pass that is replayed from a CUDA graph runs the same calls on the same addres
 passes (which slots, how long) therefore lives in tensors that are made once and overwritten before each replay:
 
     plan = choose.decode_plan(rows, bound=bound, dtype=dtype, device=device)   # for a number of rows, once
-    batch = AttentionBatch.of_plan(plan, layers)            # a new one for each pass through Python code
     plan.update(slots, lengths)                             # before a pass or a replay, on its stream
-    model(..., vattention_batch=batch)                      # at least once before it is captured
+    plan.attend(query, keys, values, features)              # each layer; at least once before it is captured
 
-A batch that has fewer requests than the plan has rows repeats one of them: rows may name the same slot with the same
-length. Given the same token and position, such rows write the same K and V to the same place.
+A pass that has fewer requests than the plan has rows fills up with rows that name a slot again. These are padding: what
+is computed for any but the first row of a slot means nothing. `attention.decode_batch` makes such passes.
 
 What an eager pass needs for its decodes is the same, made for that pass alone.
 """
@@ -39,7 +38,7 @@ class DecodeRows:
     Attributes:
         slots, lengths: on the host, as last given.
         bound: no length will be larger. Kernels choose by it how they divide their work.
-        single_slots, single_positions: on the device, `[rows]` int64 each: where K and V of the new tokens go.
+        slots_there: `slots` on the device, `[rows]` int64.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class DecodeRows:
         self._watchers: dict[Hashable, Callable[[Sequence[int], Sequence[int]], None]] = {}
         self.bound = max(lengths) if bound is None else bound
         self.slots, self.lengths = self._checked(slots, lengths, len(slots))
-        self.single_slots, self.single_positions = self.keep("rows", _slots_and_positions, torch.int64)
+        (self.slots_there,) = self.keep("slots", lambda slots, _: [slots], torch.int64)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -95,10 +94,6 @@ class DecodeRows:
     def _refuse_capture(self) -> None:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise InvalidRequest("numbers of a plan must be made before a graph is captured: run the pass once before")
-
-
-def _slots_and_positions(slots: Sequence[int], lengths: Sequence[int]) -> Sequence[Sequence[int]]:
-    return slots, [length - 1 for length in lengths]
 
 
 @dataclass(frozen=True, eq=False)

@@ -194,7 +194,7 @@ def _kept(wrappers: dict[_Kind, Any], kind: _Kind, library: Library | None, devi
 
 def _captured(rows: DecodeRows, library: Library) -> Attend:
     """With buffers of its own, which a graph reads and every `update` of the rows overwrites."""
-    device = rows.single_slots.device
+    device = rows.slots_there.device
 
     @functools.cache
     def wrapper_for(kind: _Kind) -> Any:

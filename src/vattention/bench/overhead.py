@@ -29,7 +29,6 @@ from vattention.bench.workload import Case, fixed
 from vattention.errors import ConfigError, EngineError
 from vattention.memory.sizes import parse_size
 
-_VOCABULARY = 10_000
 _SHARE = 0.95
 
 
@@ -39,6 +38,7 @@ class OverheadBench:
 
     Attributes:
         num_requests: at once, in every round of both sides.
+        vocab_size: token ids of the prompts are below it.
         at_least: the smallest share of the offline engine's tokens a second that passes.
         timeout: seconds for a round.
     """
@@ -46,6 +46,7 @@ class OverheadBench:
     num_requests: int = 24
     prompt_tokens: int = 256
     output_tokens: int = 64
+    vocab_size: int = 10_000
     rounds: int = 5
     seed: int = 0
     at_least: float = _SHARE
@@ -80,7 +81,7 @@ def run(options: OverheadBench) -> int:
             target = target_of("HTTP", server.url)
         for number in range(-1, options.rounds):  # the first is not counted
             for one in ("offline", "HTTP") if number % 2 == 0 else ("HTTP", "offline"):
-                prompts = case.prompts(_VOCABULARY, f"{options.seed} {number}")
+                prompts = case.prompts(options.vocab_size, f"{options.seed} {number}")
                 if one == "offline":
                     rate, busy = _offline_round(side, case, prompts)
                     found = None
@@ -144,10 +145,10 @@ def _online_round(
 ) -> tuple[Figures, float]:
     """What the client saw, and cores busy."""
     with server.at_work():
-        form = Form(vocab_size=_VOCABULARY)
+        form = Form(vocab_size=options.vocab_size)
         nudge = asks(form, target.model, fixed([1], [4], 2)[0].requests, seed="nudge")
         run_load(target, nudge, Arrivals("nudge"), timeout=options.timeout)
-        asked = asks(form, target.model, case.requests, seed=f"{options.seed} {number}")
+        asked = asks(form, target.model, case.requests, seed=f"{options.seed} {number}")  # as `Case.prompts` draws
         used = server.cpu_seconds()
         found = run_load(target, asked, Arrivals("all at once"), timeout=options.timeout)
         if found.failures:

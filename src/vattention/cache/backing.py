@@ -391,16 +391,20 @@ class Backing:
     def shared_pages(self, number: int) -> int:
         """Pages below the length of slot `number` that are mapped, or held, elsewhere too.
 
-        Looked for by halving, a few looks a stream however long it is: `fork` shares pages from the first one on, and
-        writing un-shares from the first written one on. Where another slot has pages of this one past its own length,
-        which only a rollback and `reorder` leave behind, it is an estimate.
+        Looked for by halving in one stream of each family, a few looks however long it is: `fork` shares pages from the
+        first one on, writing un-shares from the first written one on, and streams of one size do so alike. Where
+        another slot has pages of this one past its own length, which only a rollback and `reorder` leave behind, it is
+        an estimate.
         """
         slot = self.slots[number]
+        tokens = min(slot.shared, slot.length)
         shared = 0
-        for stream, end in enumerate(self.ends_for(slot, min(slot.shared, slot.length))):
+        for family in self.families if tokens else ():
+            stream = family.start
+            end = max(slot.first[stream], -(-tokens * self.layout.streams[stream].token_bytes // self.page_size))
             first = self.index(Part(number, stream, slot.first[stream], 0))
             places = range(first, first + end - slot.first[stream])
-            shared += bisect_left(places, True, key=self._is_alone)
+            shared += bisect_left(places, True, key=self._is_alone) * len(family)
         return shared
 
     def _is_alone(self, place: int) -> bool:

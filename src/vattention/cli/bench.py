@@ -27,7 +27,7 @@ from vattention.errors import ConfigError
 
 def add_to(commands: Any) -> None:
     """Add the command, and its own."""
-    about = "measurements: throughput, latency, serve, coldstart, memory, growth, generate, driver, kernels"
+    about = "measurements: throughput, latency, serve, coldstart, memory, growth, generate, driver, kernels, step"
     parser = commands.add_parser("bench", help=about, description="Measurements.")
     benches = parser.add_subparsers(required=True, metavar="WHAT")
     _add_throughput(benches)
@@ -39,6 +39,7 @@ def add_to(commands: Any) -> None:
     _add_generate(benches)
     _add_driver(benches)
     _add_kernels(benches)
+    _add_step(benches)
 
 
 def _add_throughput(to: Any) -> None:
@@ -264,6 +265,22 @@ def _add_kernels(to: Any) -> None:
     add("--json", metavar="F", help="write the result to this file")
 
 
+def _add_step(to: Any) -> None:
+    about = "where the time of a pass goes on the CPU, beside what its bytes and its arithmetic need"
+    parser = add_command(to, "step", step, about, _STEP)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="a directory or a .gguf file; without it, the demo model")
+    add("--dtype", metavar="NAME", help="of weights, K and V: float32, bfloat16 or float16 (bfloat16)")
+    add("--requests", type=int, metavar="N", help="that decode together (8)")
+    add("--prompt-tokens", type=int, metavar="N", help="of each request (512)")
+    add("--passes", type=int, metavar="N", help="of decodes, timed (40)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="the model's layers, before (on)")
+    add("--threads", type=int, metavar="N", help="(torch's own number)")
+    add_layout(parser, chosen=True)
+    add("--json", metavar="F", help="write the result to this file")
+    add("--plot", metavar="F", help="draw the result into this file (.png, .svg, .pdf)")
+
+
 def throughput(args: argparse.Namespace) -> int:
     """All requests at once, side by side."""
     from vattention.bench.throughput import ThroughputBench, run
@@ -411,6 +428,13 @@ def kernels(args: argparse.Namespace) -> int:
     return run(filled(KernelBench, args))
 
 
+def step(args: argparse.Namespace) -> int:
+    """Time the parts of a pass."""
+    from vattention.bench.step import StepBench, measure
+
+    return measure(filled(StepBench, args), layout=given(args, LAYOUT))
+
+
 _THROUGHPUT = """\
 Every side is a process of its own, loads the model once, does each case once to warm up, and then works in turns with
 the others; a side that is not at work is stopped. A round of a case is two runs: one token of output from each prompt
@@ -495,6 +519,12 @@ _DRIVER = """\
 examples:
   vattention bench driver
   vattention bench driver --page-sizes 64KiB,256KiB --json driver.json
+"""
+
+_STEP = """\
+examples:
+  vattention bench step
+  vattention bench step models/llama --prompt-tokens 2048 --plot step.png
 """
 
 _KERNELS = """\

@@ -10,6 +10,7 @@ from vattention.cli import batch
 from vattention.cli.figures import Fullest
 from vattention.cli.options import (
     SAMPLING,
+    STRUCTURED,
     add_capacity,
     add_checks,
     add_command,
@@ -17,6 +18,7 @@ from vattention.cli.options import (
     add_layout,
     add_model,
     add_sampling,
+    add_structured,
     given,
     no_bars,
     open_llm,
@@ -61,6 +63,7 @@ def add_to(commands: Any) -> None:
     add("--n", type=int, metavar="N", help="answers to each prompt; needs a temperature (1)")
     add("--logprobs", type=int, metavar="K", help="show each token's log-probability and those of the K most likely")
     add("--prompt-logprobs", type=int, metavar="K", help="the same for the tokens of the prompt; JSON lines only")
+    add_structured(parser)
     add_layout(parser, chosen=True)
     add_checks(parser)
 
@@ -72,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         no_bars()
     named = given(args, (*SAMPLING, "n", "logprobs", "prompt_logprobs"))
     sampling = {"temperature": 0.0, "max_tokens": _MAX_TOKENS, **named}
+    if form := given(args, STRUCTURED):
+        sampling["structured"] = form
     params = sampling_params(sampling)
     if args.input is not None or args.output is not None:
         items = batch.of_prompts(prompts) if args.input is None else None
@@ -155,4 +160,5 @@ examples:
   vattention generate --prompt "Name a colour." --n 3 --temperature 1 --top-p 0.9 --stop "."
   vattention generate --prompt-file question.txt --kv-cache-memory 256MiB --page-size 4KiB
   vattention generate --input questions.jsonl --output answers.jsonl --resume
+  vattention generate --prompt "Is the sky blue?" --choice yes --choice no
 """

@@ -90,7 +90,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--cache", metavar="NAME", help="virtual, or paged, to compare with (virtual)")
     add("--block-size", type=int, metavar="N", help="tokens of a block with --cache paged (16)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
-    add("--compile", action=switch, help="compile the model in the background (off)")
+    add("--compile", action=switch, help="compile the model in the background (where much is generated)")
     add("--cuda-graphs", action=switch, help="of a GPU: replay decode passes from captured graphs (on)")
     add("--attention-kernel", metavar="NAME", help="flash, flex, flashinfer, ... instead of the fastest (auto)")
 
@@ -165,6 +165,18 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     )
 
 
+def add_structured(parser: argparse.ArgumentParser) -> None:
+    """What form an answer must have."""
+    group = parser.add_argument_group("structured output", "one of these; needs llguidance, see docs/server.md")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--json-schema", type=json_or_file, metavar="JSON|F", help="JSON of this schema, which may be in a file")
+    add("--json-object", action="store_true", help="any JSON object")
+    add("--regex", metavar="REGEX", help="a text that all of this regular expression matches")
+    add("--choice", action="append", metavar="TEXT", help="one of these texts; may be repeated")
+
+
+STRUCTURED = ("json_schema", "json_object", "regex", "choice")
+
 SAMPLING = (
     *(name for name, *_ in _SAMPLING),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens"),
@@ -191,6 +203,19 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"write whole numbers separated by commas, not {text!r}") from None
+
+
+def json_or_file(text: str) -> str:
+    """JSON as it is, or what is in the file of that name."""
+    if text.lstrip().startswith("{"):
+        return text
+    try:
+        with open(text, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{text} is not UTF-8 text") from None
 
 
 def words(text: str) -> list[str]:

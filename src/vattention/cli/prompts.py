@@ -7,6 +7,7 @@ from typing import Any
 
 from vattention.engine.prompts import text_ids, tokenize_chat
 from vattention.engine.sampling_params import SamplingParams
+from vattention.engine.structured import StructuredOutput
 from vattention.errors import ConfigError, InvalidRequest
 
 
@@ -57,6 +58,8 @@ def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
         except ValueError:
             raise InvalidRequest("logit_bias maps token ids to numbers: its names must be whole numbers") from None
     try:
+        if isinstance(values.get("structured"), Mapping):
+            values["structured"] = StructuredOutput(**values["structured"])
         return SamplingParams(**values)
     except TypeError as error:
         raise InvalidRequest(str(error)) from None

@@ -26,7 +26,6 @@ from vattention.cli.options import (
 )
 from vattention.cli.sources import Sources
 from vattention.errors import ConfigError
-from vattention.memory.sizes import parse_size
 
 if TYPE_CHECKING:
     from vattention.async_llm import AsyncLLM
@@ -50,7 +49,7 @@ _PLAIN: tuple[tuple[str, Any, str, str], ...] = (
     ("stall_timeout", float, "S", "seconds that a client may leave an answer unread (60)"),
     ("drain_timeout", float, "S", "seconds for requests to end after SIGTERM (30)"),
 )
-_SWITCHES = ("log_prompts", "enable_metrics", "enable_dashboard")
+_SWITCHES = ("warm", "log_prompts", "enable_metrics", "enable_dashboard")
 
 
 def add_to(commands: Any) -> None:
@@ -70,6 +69,7 @@ def add_to(commands: Any) -> None:
         help="whose pages may ask, * for all; may be repeated (none)",
     )
     switch = argparse.BooleanOptionalAction
+    add("--warm", action=switch, help="be ready only when all is compiled that is compiled in the background (off)")
     add("--metrics", dest="enable_metrics", action=switch, help="/metrics for Prometheus (on)")
     add("--dashboard", dest="enable_dashboard", action=switch, help="the page at /dashboard (on)")
     add("--config", metavar="F", help="a TOML file with these options, by their names")
@@ -158,6 +158,8 @@ def _name(model: str | None) -> str:
 
 
 def _size(text: str) -> int:
+    from vattention.memory.sizes import parse_size  # not for --help: its room loads torch
+
     try:
         return parse_size(text, "size")
     except ConfigError as error:

@@ -18,6 +18,7 @@ _FIXED = {
     "detokenize": "a conversation is text",
     "logprobs": "a conversation does not show them: use `vattention generate --logprobs`",
     "prompt_logprobs": "a conversation does not show them: use `vattention generate --prompt-logprobs`",
+    "output_kind": "answers are shown as they come",
 }
 _WORDS = {"none": None, "true": True, "on": True, "false": False, "off": False}
 
@@ -71,7 +72,11 @@ class Settings:
         return [*(self.shown(name) for name in self._values), f"stats {json.dumps(self.stats)}"]
 
 
-_FORMS = {"stop_token_ids": "a list such as [1, 2]", "logit_bias": 'an object such as {"5": -10}'}
+_FORMS = {
+    "stop_token_ids": "a list such as [1, 2]",
+    "logit_bias": 'an object such as {"5": -10}',
+    "structured": 'an object such as {"regex": "[a-z]+"}',
+}
 
 
 def _value(name: str, text: str) -> Any:

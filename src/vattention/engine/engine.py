@@ -226,8 +226,11 @@ class Engine:
                 self._end(sample)
         return moved
 
-    def warmup(self) -> None:
-        """Whatever is made ready on first use, made ready: what is being compiled, graphs, and a small forward pass.
+    def warmup(self, *, wait: bool = True) -> None:
+        """Whatever is made ready on first use, made ready: compiled code, graphs, and a small forward pass.
+
+        Args:
+            wait: for what is being compiled; otherwise it goes on in the background, while requests are served.
 
         Raises:
             InvalidRequest: requests are under way.
@@ -240,7 +243,7 @@ class Engine:
             raise InvalidRequest("no slot is free: somebody else uses this engine's cache")
         try:
             self._cache.step({slot: request.num_tokens})
-            self._runner.capture(slot)
+            self._runner.get_ready(slot, wait=wait)
             self._runner.forward([Chunk(request, slot, 0, request.num_tokens)])
         finally:
             self._cache.free(slot)

@@ -8,6 +8,7 @@ of `StructuredOutput`.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -29,6 +30,12 @@ _LIMITS: dict[str, Any] = {
 _TOKENS_AS_THEY_COME = '%llguidance {"no_forcing": true}'
 """Where the text is certain, llguidance would take the tokens that the tokenizer makes of it. Not all tokenizers make
 of a text what their tokens say; so nothing is asked of them but the bytes of each token, and the model chooses."""
+
+_LINES = re.compile(r"\n\s+1 \| ")
+"""Where a message begins to repeat the grammar."""
+
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: |(?=invalid regex))")
+"""Where in a grammar that we have written."""
 
 _META = frozenset("\\.+*?()|[]{}^$#&-~/")
 
@@ -134,6 +141,8 @@ def _check(matcher: Any) -> None:
 def plain(message: str) -> str:
     """An error of llguidance, without what is there for its developers."""
     text = message.replace("<non-verbose/>", "").strip()
+    text = _LINES.split(text, maxsplit=1)[0]
+    text = _PLACE.sub("", text)
     if text == "NoExtensionBias":
         return "no token can continue the text"
     return text if len(text) <= 500 else text[:500] + " ..."

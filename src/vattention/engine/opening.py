@@ -56,7 +56,7 @@ class LLMOptions(TypedDict, total=False):
     cache: str
     block_size: int | None
     enable_prefix_caching: bool
-    compile: bool
+    compile: bool | None
     cuda_graphs: bool | None
     memory_utilization: float | None
     seed: int
@@ -93,7 +93,7 @@ def open_engine(
     cache: str = "virtual",
     block_size: int | None = None,
     enable_prefix_caching: bool = False,
-    compile: bool = False,
+    compile: bool | None = None,
     cuda_graphs: bool | None = None,
     memory_utilization: float | None = None,
     seed: int = 0,
@@ -202,6 +202,7 @@ def open_engine(
         )
         if graphs:
             engine.warmup()  # so that what they take is known before pages take it
+            torch.cuda.empty_cache()  # of what the passes before each capture took
         if place.type == "cuda" and budget is None and isinstance(kv_cache, KVCache):
             taken = activation_bytes(loaded.model, rows, max_num_seqs)
             settle_budget(kv_cache, memory_utilization, taken)

@@ -26,7 +26,8 @@ class Runner:
         model: a causal language model of transformers, loaded with `attn_implementation="vattention"`, in eval mode.
         cache: laid out for that model.
         kernel: what computes attention.
-        compile: compile the model in the background, and run compiled as soon as that is done.
+        compile: compile the model in the background, and run compiled as soon as that is done; None: once `get_ready`
+            has been called, on a CPU.
         capture: how passes of decodes are captured into graphs; None: they are not.
         plan: what computes attention in those.
     """
@@ -37,12 +38,13 @@ class Runner:
         cache: Cache,
         *,
         kernel: Kernel = choose.prepare,
-        compile: bool = False,
+        compile: bool | None = False,
         capture: Capture | None = None,
         plan: Planner = choose.decode_plan,
     ) -> None:
         self._model = model
         self._compiled = compile_model(model) if compile else None
+        self._compiles_later = compile is None
         # Where K and V are in blocks, the kernel computes what is gathered from them.
         self._table = cache.table if isinstance(cache, PagedKVCache) else None
         self._kernel = kernel if self._table is None else partial(paged.prepare, table=self._table, inner=kernel)
@@ -121,19 +123,18 @@ class Runner:
         """Whether the model runs as it will go on to: what is captured before it is compiled stays uncompiled."""
         return self._compiled is None or self._compiled.settled
 
-    def wait(self) -> None:
-        """Return when nothing is being compiled any more."""
-        if self._compiled is not None:
-            self._compiled.wait()
-
     @torch.inference_mode()
-    def capture(self, slot: int) -> None:
-        """Capture every pass of decodes that there may be, once compiling has ended.
+    def get_ready(self, slot: int, *, wait: bool = True) -> None:
+        """Begin to compile, if that was left to this moment, and capture every pass of decodes that there may be.
 
         Args:
             slot: one whose first token has a page. What is there is overwritten.
+            wait: until compiling has ended, so that what is captured is compiled.
         """
-        self.wait()
+        if self._compiles_later and self._compiled is None and self._device.type == "cpu":
+            self._compiled = compile_model(self._model)
+        if wait and self._compiled is not None:
+            self._compiled.wait()
         if self.graphs is not None:
             self.graphs.capture_all(slot)
 

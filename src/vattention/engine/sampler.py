@@ -58,8 +58,8 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
         _check_finite(largest)
     warm = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if warm:
-        weights = logits[warm].double()
-        if adjusted is not None:
+        weights = adjusted if adjusted is not None and warm == changed else logits[warm].double()
+        if adjusted is not None and weights is not adjusted:
             both = [(to, changed.index(i)) for to, i in enumerate(warm) if rows[i].adjustment is not None]
             if both:
                 to, origin = zip(*both, strict=True)

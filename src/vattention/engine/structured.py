@@ -118,6 +118,7 @@ def _schema_text(schema: object) -> str:
         if isinstance(schema, str):
             _check_text("json_schema", schema)
             text, parsed = schema, json.loads(schema)
+            json.dumps(parsed, allow_nan=False)  # Python reads numbers that JSON does not have
         elif isinstance(schema, Mapping):
             text, parsed = json.dumps(dict(schema), allow_nan=False), schema
             _check_text("json_schema", text)
@@ -148,7 +149,7 @@ def _check_schema(part: object, level: int = 0) -> None:
                     _check_regex("a pattern of json_schema", pattern)
             elif key == "properties" and isinstance(value, Mapping) and len(value) > _MOST_PROPERTIES:
                 raise InvalidRequest(f"an object of json_schema has over {_MOST_PROPERTIES} properties")
-            elif key == "multipleOf" and isinstance(value, (int, float)) and _digits(value) > _LARGEST_DIVISOR:
+            elif key == "multipleOf" and type(value) in (int, float) and _digits(value) > _LARGEST_DIVISOR:
                 raise InvalidRequest(f"multipleOf={value} in json_schema has too many digits")
             _check_schema(value, level + 1)
     elif isinstance(part, (list, tuple)):

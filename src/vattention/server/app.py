@@ -77,7 +77,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _warm_up(state: ServerState) -> None:
     with suppress(VAttentionError):  # it is at work already, or has stopped: `can_generate` knows
-        await state.llm.warmup()
+        await state.llm.warmup(wait=state.settings.warm)
     state.warm = True
 
 

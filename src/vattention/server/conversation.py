@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vattention.engine.prompts import TokenizedPrompt
@@ -52,6 +52,14 @@ async def conversation(state: ServerState, body: ChatCompletionRequest) -> Token
         add_generation_prompt=body.add_generation_prompt is not False,
         **options,
     )
+
+
+def texts_of(message: ChatMessage) -> Iterator[str]:
+    """The texts of a message, one by one."""
+    if isinstance(message.content, str):
+        yield message.content
+    for part in message.content if isinstance(message.content, list) else ():
+        yield part.text or ""
 
 
 def _message(place: int, message: ChatMessage) -> dict[str, Any]:

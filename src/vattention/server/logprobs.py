@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vattention.engine.outputs import Logprob
+from vattention.server.text import bytes_of
 
 Scored = tuple[int, Mapping[int, Logprob] | None]
 """A token, and what is known about its place: of the first token of a prompt, nothing."""
@@ -38,15 +39,15 @@ def completion_logprobs(
     return {"tokens": names, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
 
 
-def chat_logprobs(tokens: Iterable[Scored], top: int, *, as_ids: bool) -> dict[str, Any]:
-    """The shape of `/v1/chat/completions`: an object for each token."""
+def chat_logprobs(tokens: Iterable[Scored], top: int, *, as_ids: bool, tokenizer: Any | None) -> dict[str, Any]:
+    """The shape of `/v1/chat/completions`: an object for each token. `tokenizer` knows bytes of half characters."""
     content = []
     for token, entry in tokens:
         assert entry is not None
         most = _most_likely(entry, top)
         content.append(
-            _token(token, entry[token], as_ids=as_ids)
-            | {"top_logprobs": [_token(other, value, as_ids=as_ids) for other, value in most]}
+            _token(token, entry[token], as_ids, tokenizer)
+            | {"top_logprobs": [_token(other, value, as_ids, tokenizer) for other, value in most]}
         )
     return {"content": content, "refusal": None}
 
@@ -65,9 +66,10 @@ def _most_likely(entry: Mapping[int, Logprob], top: int) -> Sequence[tuple[int, 
     return sorted(entry.items(), key=lambda item: item[1].rank)[:top]
 
 
-def _token(token: int, value: Logprob, *, as_ids: bool) -> dict[str, Any]:
+def _token(token: int, value: Logprob, as_ids: bool, tokenizer: Any | None) -> dict[str, Any]:
     text = value.decoded_token or ""
-    return {"token": _name(token, text, as_ids=as_ids), "logprob": value.logprob, "bytes": list(text.encode())}
+    name = _name(token, text, as_ids=as_ids)
+    return {"token": name, "logprob": value.logprob, "bytes": list(bytes_of(tokenizer, token, text))}
 
 
 def _name(token: int, text: str, *, as_ids: bool) -> str:

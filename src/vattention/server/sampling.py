@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from vattention.engine.sampling_params import RequestOutputKind, SamplingParams
@@ -77,6 +78,20 @@ def answer_limit(state: ServerState, prompt_tokens: int, asked: int | None, para
         )
     limits = [limit for limit in (asked, state.settings.max_tokens) if limit is not None]
     return min(limits, default=None)
+
+
+def check_text(state: ServerState, texts: Iterable[str]) -> None:
+    """Refuse texts that are too long whatever their tokens are, before they are read. Raises ApiError, 400."""
+    longest = state.longest_text
+    characters = max(map(len, texts), default=0)
+    if longest is not None and characters > longest:
+        raise ApiError(
+            400,
+            f"this model's maximum context length is {state.llm.max_model_len} tokens, and a text of {characters}"
+            " characters has more",
+            param="prompt",
+            code="context_length_exceeded",
+        )
 
 
 def check_samples(state: ServerState, prompts: int, samples: int) -> None:

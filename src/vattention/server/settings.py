@@ -32,6 +32,7 @@ class ServerSettings:
         log_prompts: write the bodies of requests to the log, so what people ask. Off unless asked for.
         log_level, log_format: "debug" to "critical"; "json", a line an event, or "text".
         chat_template: in place of the tokenizer's own: the template itself.
+        warm: `/health` and `/ready` wait for what is compiled in the background, too.
         enable_metrics, enable_dashboard: serve `/metrics`, `/dashboard`.
 
     Raises:
@@ -56,6 +57,7 @@ class ServerSettings:
     log_level: str = "info"
     log_format: str = "json"
     chat_template: str | None = None
+    warm: bool = False
     enable_metrics: bool = True
     enable_dashboard: bool = True
 
@@ -82,7 +84,7 @@ class ServerSettings:
             raise TypeError(f"host must be a str, not {type(self.host).__name__}")
         if self.chat_template is not None and not isinstance(self.chat_template, str):
             raise TypeError(f"chat_template must be a str or None, not {type(self.chat_template).__name__}")
-        for name in ("log_prompts", "enable_metrics", "enable_dashboard"):
+        for name in ("warm", "log_prompts", "enable_metrics", "enable_dashboard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, not {type(getattr(self, name)).__name__}")
         _one_of("log_level", self.log_level, LOG_LEVELS)

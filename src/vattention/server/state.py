@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from starlette.requests import HTTPConnection
 
@@ -33,6 +34,17 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
     warm: bool = False
     draining: bool = False
+
+    @cached_property
+    def longest_text(self) -> int | None:
+        """Characters that no prompt which fits the model can have; None: not known.
+
+        Reading a text of megabytes takes seconds of a processor, so one that must be too long is refused unread. Four
+        characters may become one before they are read (Unicode's normal forms).
+        """
+        if self.llm.tokenizer is None:
+            return None
+        return 4 * self.llm.max_model_len * max(map(len, self.llm.tokenizer.get_vocab()))
 
     @property
     def can_generate(self) -> bool:

@@ -29,7 +29,7 @@ def endpoint() -> Iterator[Endpoint]:
     from vattention.server.app import create_app
     from vattention.server.settings import ServerSettings
 
-    llm = AsyncLLM(demo_model(), max_num_seqs=16, kv_cache_memory="512MiB")
+    llm = AsyncLLM(demo_model(), max_num_seqs=16, kv_cache_memory="512MiB", compile=False)
     try:
         with serving(create_app(llm, ServerSettings(served_model_names=("smollm2",)))) as url:
             yield Endpoint(url, "smollm2")

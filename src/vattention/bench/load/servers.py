@@ -156,7 +156,7 @@ def free_port() -> int:
 def ours(model: str | None, port: int, options: Mapping[str, Any]) -> list[str]:
     """Arguments of python for `vattention serve`; `options` by the names of `LLM`."""
     arguments = ["-m", "vattention.cli", "serve", *([model] if model else []), "--host", HOST, "--port", str(port)]
-    return arguments + _flags(options) + ["--log-level", "warning"]
+    return arguments + _flags(options) + ["--warm", "--log-level", "warning"]
 
 
 def vllm(model: str, port: int, options: Mapping[str, Any]) -> list[str]:

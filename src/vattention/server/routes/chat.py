@@ -12,19 +12,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vattention.engine.outputs import CompletionOutput
-from vattention.server.conversation import conversation
+from vattention.server.conversation import conversation, texts_of
 from vattention.server.errors import ApiError
 from vattention.server.generation import Job, answers, deltas
 from vattention.server.logprobs import chat_logprobs
 from vattention.server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from vattention.server.routes.failures import GENERATING
-from vattention.server.sampling import answer_limit, check_samples, sampling_params
+from vattention.server.sampling import answer_limit, check_samples, check_text, sampling_params
 from vattention.server.state import ServerState, state_of
 from vattention.server.streaming import DONE, EventStream, event, whole
 from vattention.server.strict_json import JsonResponse, StrictRoute
 from vattention.server.structure import structured
 from vattention.server.tools.reader import AnswerReader, MessageDelta
-from vattention.server.tools.request import ToolUse, answer_reader, tool_use
+from vattention.server.tools.request import answer_reader, tool_use
 from vattention.server.usage import UsageCount, usage_at_end, usage_in_chunks
 
 router = APIRouter(route_class=StrictRoute)
@@ -49,6 +49,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
 async def chat_job(state: ServerState, body: ChatCompletionRequest, name: str, param: str | None = None) -> Job:
     """What the engine is asked to do. `param`: what the client calls the limit. Raises ApiError, InvalidRequest."""
     use = tool_use(state, body)
+    check_text(state, (text for message in body.messages for text in texts_of(message)))
     prompt = await conversation(state, body)
     if param is None:
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -70,7 +71,7 @@ async def _answer(state: ServerState, body: ChatCompletionRequest, head: dict[st
     answer = {
         **head,
         "object": "chat.completion",
-        "choices": [_choice(body, tool_use(state, body), each) for each in output.outputs],
+        "choices": [_choice(state, body, each) for each in output.outputs],
         "usage": usage.body(),
     }
     if body.return_token_ids:
@@ -78,8 +79,8 @@ async def _answer(state: ServerState, body: ChatCompletionRequest, head: dict[st
     return JsonResponse(answer)
 
 
-def _choice(body: ChatCompletionRequest, use: ToolUse | None, completion: CompletionOutput) -> dict[str, Any]:
-    told = answer_reader(use).feed(completion.text, last=True)
+def _choice(state: ServerState, body: ChatCompletionRequest, completion: CompletionOutput) -> dict[str, Any]:
+    told = answer_reader(tool_use(state, body)).feed(completion.text, last=True)
     message: dict[str, Any] = {"role": "assistant", "content": told.content, "refusal": None}
     if told.tool_calls:
         message["content"] = told.content or None
@@ -89,16 +90,19 @@ def _choice(body: ChatCompletionRequest, use: ToolUse | None, completion: Comple
     return {
         "index": completion.index,
         "message": message,
-        **_rest(body, completion, called=bool(told.tool_calls)),
+        **_rest(state, body, completion, called=bool(told.tool_calls)),
     }
 
 
-def _rest(body: ChatCompletionRequest, completion: CompletionOutput, *, called: bool) -> dict[str, Any]:
+def _rest(
+    state: ServerState, body: ChatCompletionRequest, completion: CompletionOutput, *, called: bool
+) -> dict[str, Any]:
     """What whole answers and chunks have in common. `called`: a tool has been called."""
     logprobs = None
     if body.logprobs:
         scored = zip(completion.token_ids, completion.logprobs or (), strict=True)
-        logprobs = chat_logprobs(scored, body.top_logprobs or 0, as_ids=bool(body.return_tokens_as_token_ids))
+        as_ids = bool(body.return_tokens_as_token_ids)
+        logprobs = chat_logprobs(scored, body.top_logprobs or 0, as_ids=as_ids, tokenizer=state.llm.tokenizer)
     reason = completion.finish_reason
     rest: dict[str, Any] = {
         "logprobs": logprobs,
@@ -136,7 +140,7 @@ async def _stream(state: ServerState, body: ChatCompletionRequest, head: dict[st
                     called.add(index)
                 delta = _delta(told)
                 if delta or finished or body.logprobs or body.return_token_ids:
-                    yield chunk(index, delta, _rest(body, completion, called=index in called))
+                    yield chunk(index, delta, _rest(state, body, completion, called=index in called))
     last = usage_at_end(body, head, usage)
     if last is not None:
         yield event(last)

@@ -20,7 +20,7 @@ from vattention.server.generation import Job, answers, deltas
 from vattention.server.logprobs import Scored, completion_logprobs
 from vattention.server.protocol.completions import CompletionRequest, CompletionResponse
 from vattention.server.routes.failures import GENERATING
-from vattention.server.sampling import answer_limit, check_samples, sampling_params
+from vattention.server.sampling import answer_limit, check_samples, check_text, sampling_params
 from vattention.server.state import ServerState, state_of
 from vattention.server.streaming import DONE, EventStream, event, whole
 from vattention.server.strict_json import JsonResponse, StrictRoute
@@ -79,6 +79,7 @@ class _Work:
 
 
 async def _work(state: ServerState, body: CompletionRequest, prompts: Sequence[Any], name: str) -> list[_Work]:
+    check_text(state, [prompt["prompt"] for prompt in prompts if "prompt" in prompt])
     special = body.add_special_tokens is not False
     tokenized = [await state.llm.tokenize(prompt, add_special_tokens=special) for prompt in prompts]
     return [

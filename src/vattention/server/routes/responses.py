@@ -150,11 +150,12 @@ def _status(finish_reason: str | None) -> str:
     return "incomplete" if finish_reason == "length" else "completed"
 
 
-def _logprobs(body: ResponsesRequest, completion: CompletionOutput) -> list[dict[str, Any]]:
+def _logprobs(state: ServerState, body: ResponsesRequest, completion: CompletionOutput) -> list[dict[str, Any]]:
     if not _scored(body):
         return []
     scored = zip(completion.token_ids, completion.logprobs or (), strict=True)
-    content: list[dict[str, Any]] = chat_logprobs(scored, body.top_logprobs or 0, as_ids=False)["content"]
+    told = chat_logprobs(scored, body.top_logprobs or 0, as_ids=False, tokenizer=state.llm.tokenizer)
+    content: list[dict[str, Any]] = told["content"]
     return content
 
 
@@ -163,7 +164,7 @@ async def _answer(
 ) -> Response:
     (output,) = await answers(state, [await chat_job(state, chat, head["id"], "max_output_tokens")])
     (completion,) = output.outputs
-    part = _part(completion.text, _logprobs(body, completion))
+    part = _part(completion.text, _logprobs(state, body, completion))
     message = _message(f"msg_{uuid.uuid4().hex}", "completed", [part])
     return JsonResponse(
         _end(head, completion.finish_reason, message, len(output.prompt_token_ids), len(completion.token_ids))
@@ -194,7 +195,7 @@ async def _stream(
             for completion in output.outputs:
                 tokens += len(completion.token_ids)
                 reason = completion.finish_reason
-                logprobs = _logprobs(body, completion)
+                logprobs = _logprobs(state, body, completion)
                 texts.append(completion.text)
                 scores += logprobs
                 if completion.text or logprobs:
