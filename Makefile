@@ -21,7 +21,7 @@ help:
 	@echo "make serve     install, then serve that model in OpenAI's protocol, on port 8000"
 	@echo "make test      install, then run the tests (minutes)"
 	@echo "make test-all  the same at full size (hours)"
-	@echo "make gpu-check on a machine with a GPU: its tests, and what CUDA's memory calls cost (minutes)"
+	@echo "make gpu-check on a machine with a GPU: its tests, and every measurement of docs/gpu.md (20 minutes)"
 	@echo "make lint      ruff, mypy and the import rules"
 	@echo "make venv      only create .venv, to install a PyTorch of your choice into it first"
 	@echo "make clean     remove .venv and every cache"
