@@ -230,7 +230,9 @@ class AsyncLLM:
         short: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         params = SamplingParams() if sampling_params is None else sampling_params
-        prompt = await _aside(partial(self._prepare, make, params), here=short and getattr(params, "structured", self) is None)
+        prompt = await _aside(
+            partial(self._prepare, make, params), here=short and getattr(params, "structured", self) is None
+        )
         mailbox = _Mailbox(self._bell, deltas=params.output_kind is RequestOutputKind.DELTA)
         ticket = self._loop.submit(
             prompt.token_ids, params, mailbox.put, request_id=request_id, priority=priority, prompt=prompt.text
