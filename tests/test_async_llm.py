@@ -380,10 +380,11 @@ def test_200_streams_with_a_third_cancelled(small: LoadedModel, full_size: bool)
         alone = [ids(output) for output in offline.generate(prompts, params, use_tqdm=False)]
     work = list(zip(prompts, params, alone, strict=True))
     llm = AsyncLLM(small, max_num_seqs=32, kv_cache_memory="384KiB", page_size=4096, poison=True)
+    others = set(threading.enumerate())
     for seed in range(50 if full_size else 3):
         assert run(storm(llm, work, seed)) == 133
         # The executor of the event loop has gone with it.
-        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncio")]
+        assert not [thread.name for thread in set(threading.enumerate()) - others if thread.name.startswith("asyncio")]
     assert llm._engine.scheduler.preemptions > 0, "no pressure, no test"
     llm.close()
     assert not llm._loop._thread.is_alive()

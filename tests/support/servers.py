@@ -17,6 +17,8 @@ LONG = 60.0
 def serving(app: FastAPI) -> Iterator[str]:
     """Serve `app`, and give its address: "http://127.0.0.1:PORT". Nothing is left of it afterwards."""
     listener = socket.create_server(("127.0.0.1", 0))
+    # Connections inherit it: a client that does not read is felt soon, whatever the kernel would have bought itself.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
