@@ -9,7 +9,7 @@ from vattention.cli import main
 def test_one_request_at_a_time(tiny_directory: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = [
         *("bench", "latency", tiny_directory, "--dtype", "float32", "--requests", "2", "--prompt-tokens", "20"),
-        *("--output-tokens", "5", "--rounds", "2", "--threads", "1", "--kv-cache-memory", "64MiB"),
+        *("--output-tokens", "5", "--rounds", "2", "--threads", "1", "--kv-cache-memory", "64MiB", "--no-compile"),
         *("--peer", "transformers", "--peer-option", "transformers.cache=static", "--json", str(tmp_path / "r.json")),
     ]
     assert main(command) == 0

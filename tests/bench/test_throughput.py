@@ -15,7 +15,7 @@ from vattention.engine.loading import load_model
 
 SMALL = [
     *("--dtype", "float32", "--requests", "3", "--prompt-tokens", "30", "--output-tokens", "4", "--rounds", "2"),
-    *("--threads", "1", "--kv-cache-memory", "64MiB", "--timeout", "120"),
+    *("--threads", "1", "--kv-cache-memory", "64MiB", "--timeout", "120", "--no-compile"),
 ]
 
 
