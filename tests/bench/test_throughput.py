@@ -66,7 +66,7 @@ def test_side_by_side_with_transformers(
         assert all(0 <= share <= (os.cpu_count() or 1) for share in result["conditions"]["cores_taken_by_others"][name])
     (case,) = result["rounds"]
     assert case["requests"] == [[90, 10], [30, 3], [2, 1]]
-    assert result["settings"]["contest"]["ours"] == {"page_size": "4KiB", "head_major": True}
+    assert result["settings"]["contest"]["ours"] == {"page_size": "4KiB", "head_major": True, "compile": False}
     assert [len(case["sides"][name]) for name in ("vattention", "transformers")] == [2, 2]
     for line in result["lines"]:
         if line["metric"] == "prefill":
