@@ -1,5 +1,6 @@
 """Compiled layers: the same results as without, in few graphs, with nothing of the cache's size allocated."""
 
+import pickle
 import threading
 import warnings
 from collections.abc import Iterator
@@ -245,3 +246,16 @@ def test_layers_that_share_an_input_become_one() -> None:
     got = torch.compile(module, backend=backend, fullgraph=True)(x)
     assert sorted(layers) == [2, 3]
     torch.testing.assert_close(got, module(x), rtol=2e-2, atol=2e-2)
+
+
+@needs_compiler
+def test_a_model_that_has_run_compiled_can_be_pickled() -> None:
+    model = tiny_model("llama").bfloat16()
+    with LLM(loaded(model), dtype="bfloat16", compile=True, **OPTIONS) as llm:
+        llm.warmup()
+        expected = tokens(llm)
+    again = pickle.loads(pickle.dumps(model))
+    with LLM(loaded(again), dtype="bfloat16", compile=False, **OPTIONS) as llm:
+        assert len(tokens(llm)) == len(expected)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name))

@@ -153,11 +153,11 @@ class AttentionBatch:
     @functools.cached_property
     def _where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot and the position of each row, `[rows]` int64; in a paged cache its block, and the place there."""
-        if not self.segments:  # of a plan
-            return self.single_slots, self.single_positions
         if self.places is not None:
             size = self.layers[0][0].shape[1]
             return self.places // size, self.places % size
+        if self.singles == len(self.segments):
+            return self.single_slots, self.single_positions
         return place(
             (
                 [s.slot for s in self.segments for _ in range(s.rows)],

@@ -8,7 +8,7 @@
 // No task sees keys behind its last row; nothing is read at or past a request's length. Threads take tasks one by one,
 // the longest first, and a task's result depends on nobody else.
 //
-// Needs a processor with AVX512-BF16: compiled for another, `vattention_prefill_works` says so.
+// Needs a processor with AVX512-BF16, see pairs.h.
 
 #include <algorithm>
 #include <cstdint>
@@ -16,13 +16,7 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define WORKS 1
-#include <immintrin.h>
-#include "vectors.h"
-#else
-#define WORKS 0
-#endif
+#include "pairs.h"
 
 // Everything about a call. Strides are in numbers, and a head's own numbers are contiguous.
 struct Call {
@@ -261,11 +255,9 @@ void task(const Call& c, int64_t segment, int64_t head, int64_t first, int64_t r
 }  // namespace
 #endif
 
+#if WORKS
 extern "C" {
 
-int64_t vattention_prefill_works() { return WORKS; }
-
-#if WORKS
 // Bytes that `scratch` must have; it begins at a multiple of 64.
 int64_t vattention_prefill_scratch(const Call* call) { return call->threads * (Room(nullptr, *call).end - (char*)nullptr); }
 
@@ -292,5 +284,5 @@ void vattention_prefill(const Call* call) {
         task(c, segment, index % c.kv_heads, first, std::min(rows_of_task(c), c.counts[segment] - first), room);
     }
 }
-#endif
 }
+#endif

@@ -91,13 +91,8 @@ def prepare(segments: Sequence[Segment]) -> Callable[..., None]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where there is no compiler, or the processor has not what it takes."""
     library = native.load(_SOURCE)
-    if library is None:
-        return None
-    library.vattention_prefill_works.restype = ctypes.c_int64
-    if not library.vattention_prefill_works():
-        return None
-    library.vattention_prefill_scratch.restype = ctypes.c_int64
-    library.vattention_prefill.restype = None
+    if library is not None:
+        library.vattention_prefill_scratch.restype = ctypes.c_int64
+        library.vattention_prefill.restype = None
     return library

@@ -35,7 +35,12 @@ _warned = False
 
 
 def load(source: Path, **macros: object) -> ctypes.CDLL | None:
-    """The library compiled from `source` with these macros defined; None, after the one warning, if there is none."""
+    """The library compiled from `source` with these macros defined.
+
+    Returns:
+        None where nothing can be compiled, after the one warning, or where the library says (`vattention_works`, see
+        pairs.h) that this processor has not what it takes.
+    """
     with _lock:
         return _load(source, tuple(f"-D{name}={value}" for name, value in sorted(macros.items())))
 
@@ -59,12 +64,17 @@ def _load(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL | None:
         name = f"{source.stem}-{_fingerprint(source, command)}.so"
         kept = _kept(_cache(), name, source, command)
         if kept is not None:
-            return ctypes.CDLL(str(kept))
+            return _if_it_works(ctypes.CDLL(str(kept)))
         with tempfile.TemporaryDirectory(prefix="vattention-") as own:  # once loaded, a library needs no file
-            return ctypes.CDLL(str(_compile(source, Path(own) / name, command)))
+            return _if_it_works(ctypes.CDLL(str(_compile(source, Path(own) / name, command))))
     except (OSError, subprocess.SubprocessError) as error:
         warn(error)
     return None
+
+
+def _if_it_works(library: ctypes.CDLL) -> ctypes.CDLL | None:
+    works = getattr(library, "vattention_works", None)
+    return library if works is None or works() else None
 
 
 def find_compiler() -> tuple[str, ...]:

@@ -11,15 +11,14 @@ import os
 import select
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from vattention.bench import processes
+from vattention.bench.child import Child, end_of
 from vattention.errors import ConfigError, EngineError
 
 _GOODBYE = 20.0
@@ -52,21 +51,8 @@ class Side:
         self.name = name
         self._timeout = timeout
         self._unread = b""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        try:
-            with confined(cores):
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=self._log,
-                    env=dict(environment),
-                    start_new_session=True,
-                )
-        except OSError as error:
-            self._log.close()
-            raise ConfigError(f"cannot run {command[0]} for {name}: {error.strerror}") from None
-        self.session = self._process.pid
+        self._child = Child(name, command, environment, cores=cores, piped=True)
+        self._process, self.session = self._child.process, self._child.session
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """One command, and the answer to it.
@@ -90,28 +76,25 @@ class Side:
             pass  # it has died: reading says how
         answer: dict[str, Any] = json.loads(self._line(command["do"], deadline))
         if "error" in answer:
-            raise EngineError(f"{self.name} failed to {command['do']}: {_short(answer['error'])}{self._last_words()}")
+            raise EngineError(
+                f"{self.name} failed to {command['do']}: {end_of(answer['error'])}{self._child.last_words()}"
+            )
         return answer
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self) -> AbstractContextManager[None]:
         """The others must be stopped meanwhile; this one is, afterwards."""
-        processes.send(self.session, signal.SIGCONT)
-        try:
-            yield
-        finally:
-            processes.send(self.session, signal.SIGSTOP)
+        return self._child.at_work()
 
     def cpu_seconds(self) -> float:
         """CPU time used so far, by all its processes."""
-        return processes.cpu_seconds(self.session)
+        return self._child.cpu_seconds()
 
     def close(self, *, at_once: bool = False) -> None:
         """End it, by asking unless `at_once`; what does not end is killed. Idempotent."""
-        if self._log.closed:
+        if self._child.closed:
             return
         if not at_once:
-            processes.send(self.session, signal.SIGCONT)
+            self._child.resume()
             try:
                 assert self._process.stdin is not None
                 self._process.stdin.write(b'{"do": "quit"}\n')
@@ -119,15 +102,7 @@ class Side:
                 self._process.wait(_GOODBYE)
             except (BrokenPipeError, subprocess.TimeoutExpired):
                 pass  # it will be killed
-        processes.kill(self.session)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:  # a command that nobody has read
-                continue
-        self._log.close()
+        self._child.close()
 
     def __enter__(self) -> Self:
         return self
@@ -146,11 +121,13 @@ class Side:
             if left <= 0 or not select.select([pipe], [], [], left)[0]:
                 raise EngineError(
                     f"{self.name} did not {doing} within {self._timeout:g} s and was killed: raise --timeout, or give"
-                    f" it less to do{self._last_words()}"
+                    f" it less to do{self._child.last_words()}"
                 )
             read = os.read(pipe, 1 << 16)
             if not read:
-                raise EngineError(f"{self.name} died of {self._death()} when asked to {doing}{self._last_words()}")
+                raise EngineError(
+                    f"{self.name} died of {self._death()} when asked to {doing}{self._child.last_words()}"
+                )
             self._unread += read
         line, _, self._unread = self._unread.partition(b"\n")
         return line
@@ -163,11 +140,6 @@ class Side:
         if code == -signal.SIGKILL:
             return "SIGKILL (out of memory, most likely: fewer requests, or a smaller --kv-cache-memory)"
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"; its last words: {_short(' | '.join(lines[-4:]))}" if lines else ""
 
 
 def environment_for(
@@ -197,21 +169,3 @@ def python_in(folder: str) -> str:
     if not os.access(python, os.X_OK):
         raise ConfigError(f"{folder} is no virtual environment: there is no {python}")
     return str(python.absolute())
-
-
-@contextmanager
-def confined(cores: Collection[int] | None) -> Iterator[None]:
-    """What is started in here may only run on `cores`."""
-    if cores is None:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 600 else "... " + text[-600:]

@@ -5,7 +5,7 @@
 // call. Threads share the outputs, 16 at a time; each number is summed in float32, in an order that depends on nothing
 // but the number of inputs.
 //
-// Needs a processor with AVX512-BF16: compiled for another, `vattention_linear_works` says so.
+// Needs a processor with AVX512-BF16, see pairs.h.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,13 +13,7 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define WORKS 1
-#include <immintrin.h>
-#include "vectors.h"
-#else
-#define WORKS 0
-#endif
+#include "pairs.h"
 
 struct Layer {
     const uint16_t *weight, *bias;  // [outputs, inputs]; [outputs] or null
@@ -107,12 +101,8 @@ void task(const Call& c, const Layer& layer, int64_t first) {
 }  // namespace
 #endif
 
-extern "C" {
-
-int64_t vattention_linear_works() { return WORKS; }
-
 #if WORKS
-void vattention_linear(const Call* call) {
+extern "C" void vattention_linear(const Call* call) {
     const Call& c = *call;
     int64_t tasks = 0;
     for (int64_t i = 0; i < c.layers; i++) tasks += (c.layer[i].outputs + OUTPUTS - 1) / OUTPUTS;
@@ -125,4 +115,3 @@ void vattention_linear(const Call* call) {
     }
 }
 #endif
-}

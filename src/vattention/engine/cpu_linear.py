@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from vattention.attention import native
+from vattention.engine.kept import Kept
 
 _SOURCE = Path(__file__).with_name("cpu_linear.cpp")
 _KEPT = "vattention_layers"
@@ -72,7 +73,8 @@ def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[to
     if not 0 < rows <= MOST_ROWS or x.dtype != torch.bfloat16 or not x.is_contiguous():
         return None
     # This comes a hundred times between two tokens: what is known of the layers is not asked again.
-    layers: _Layers | None = getattr(weights[0], _KEPT, None)
+    kept: Kept | None = getattr(weights[0], _KEPT, None)
+    layers: _Layers | None = None if kept is None else kept.value
     if layers is None or layers.addresses != [tensor.data_ptr() for tensor in (*weights, *biases)]:
         layers = _find_layers(x, weights, biases)
         if layers is None:
@@ -106,18 +108,13 @@ def _find_layers(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Seque
     array = (_Layer * len(rows))(*rows)
     addresses = [tensor.data_ptr() for tensor in tensors]
     layers = _Layers(addresses, array, ctypes.addressof(array), column)
-    setattr(weights[0], _KEPT, layers)
+    setattr(weights[0], _KEPT, Kept(layers))
     return layers
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where there is no compiler, or the processor has not what it takes."""
     library = native.load(_SOURCE)
-    if library is None:
-        return None
-    library.vattention_linear_works.restype = ctypes.c_int64
-    if not library.vattention_linear_works():
-        return None
-    library.vattention_linear.restype = None
+    if library is not None:
+        library.vattention_linear.restype = None
     return library

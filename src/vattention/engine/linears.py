@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vattention.engine import cpu_linear
+from vattention.engine.kept import Kept
 
 _PACKED = "vattention_packed"
 _HINT = 64
@@ -80,13 +81,13 @@ def _multiply(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence
     few = cpu_linear.linear(x, weights, biases)
     if few is not None:
         return few
-    packed = getattr(weights[0], _PACKED, None)
-    if packed is None:
+    kept: Kept | None = getattr(weights[0], _PACKED, None)
+    if kept is None:
         joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         bias = torch.cat(list(biases)) if biases else None
-        packed = (torch.ops.mkldnn._reorder_linear_weight(joined.contiguous(), _HINT), bias)
-        setattr(weights[0], _PACKED, packed)
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, *packed, "none", [], "")
+        kept = Kept((torch.ops.mkldnn._reorder_linear_weight(joined.contiguous(), _HINT), bias))
+        setattr(weights[0], _PACKED, kept)
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, *kept.value, "none", [], "")
     return out
 
 

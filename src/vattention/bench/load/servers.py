@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import http.client
 import os
-import signal
 import socket
 import subprocess
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
-from vattention.bench import processes
-from vattention.bench.side import confined
-from vattention.errors import ConfigError, EngineError
+from vattention.bench.child import Child
+from vattention.errors import EngineError
 
 HOST = "127.0.0.1"
 
@@ -58,30 +55,20 @@ class ServerProcess:
         self.url = f"http://{HOST}:{port}"
         self._port = port
         self._timeout = timeout
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        try:
-            with confined(cores):
-                self._process = subprocess.Popen(
-                    [python, "-c", _DIES_WITH_US, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=self._log,
-                    stderr=self._log,
-                    env=dict(environment),
-                    start_new_session=True,
-                )
-        except OSError as error:
-            self._log.close()
-            raise ConfigError(f"cannot run {python} for {name}: {error.strerror}") from None
-        self.session = self._process.pid
+        command = [python, "-c", _DIES_WITH_US, *arguments]
+        self._child = Child(name, command, environment, cores=cores, piped=False)
+        self.session = self._child.session
 
     def wait_ready(self) -> float:
         """Return when it can generate, with the seconds that took. Raises EngineError if it ends, or takes too long."""
         began = time.monotonic()
         while not self._healthy():
-            if self._process.poll() is not None:
-                raise EngineError(f"{self.name} ended with exit code {self._process.returncode}{self.last_words()}")
+            if self._child.process.poll() is not None:
+                raise EngineError(
+                    f"{self.name} ended with exit code {self._child.process.returncode}{self._child.last_words()}"
+                )
             if time.monotonic() - began > self._timeout:
-                raise EngineError(f"{self.name} was not ready after {self._timeout:g} s{self.last_words()}")
+                raise EngineError(f"{self.name} was not ready after {self._timeout:g} s{self._child.last_words()}")
             time.sleep(0.25)
         return time.monotonic() - began
 
@@ -95,46 +82,29 @@ class ServerProcess:
         finally:
             connection.close()
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self) -> AbstractContextManager[None]:
         """The others must be stopped meanwhile; this one is, afterwards."""
-        self.resume()
-        try:
-            yield
-        finally:
-            self.stop()
-
-    def resume(self) -> None:
-        """Let it work."""
-        processes.send(self.session, signal.SIGCONT)
+        return self._child.at_work()
 
     def stop(self) -> None:
         """Let it rest."""
-        processes.send(self.session, signal.SIGSTOP)
+        self._child.stop()
 
     def cpu_seconds(self) -> float:
         """CPU time used so far, by all its processes."""
-        return processes.cpu_seconds(self.session)
-
-    def last_words(self) -> str:
-        """The end of what it has printed."""
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"; its last words: {' | '.join(lines[-4:])[-600:]}" if lines else ""
+        return self._child.cpu_seconds()
 
     def close(self) -> None:
         """End it, by asking; what does not end is killed. Idempotent."""
-        if self._log.closed:
+        if self._child.closed:
             return
-        self.resume()
+        self._child.resume()
         try:
-            self._process.terminate()
-            self._process.wait(_GOODBYE)
+            self._child.process.terminate()
+            self._child.process.wait(_GOODBYE)
         except subprocess.TimeoutExpired:
             pass  # it will be killed
-        processes.kill(self.session)
-        self._process.wait()
-        self._log.close()
+        self._child.close()
 
     def __enter__(self) -> Self:
         return self
