@@ -75,6 +75,12 @@ def test_streams_a_slot():
     assert count(layers_per_stream=99, kv_together=True) == 1
 
 
+def test_a_name_says_how_streams_lie():
+    assert layout().name == "token-major"
+    assert layout(head_major=True, layers_per_stream=2).name == "head-major, 2 layers a stream"
+    assert layout(layers_per_stream=None, kv_together=True).name == "token-major, 5 layers a stream, K and V together"
+
+
 def test_token_major_slots_can_be_seen_as_one_long_row():
     """What kernels with cumulative lengths want: slot i starts at token i * padded_len."""
     geometry = layout()

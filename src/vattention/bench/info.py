@@ -94,7 +94,7 @@ def _layouts(*places: Place) -> dict[str, dict[str, dict[str, Any]]]:
             layout = KVLayout(model.layers, model.kv_heads, model.head_dim, model.dtype, _SLOTS, max(_EXPECTED))
             choice = choose(layout, place, expected_tokens=tokens)
             found.setdefault(name, {}).setdefault(place.device, {})[str(tokens)] = {
-                "layout": choice.name,
+                "layout": choice.layout.name,
                 "page_size": choice.page_size,
                 "tokens_per_page": choice.tokens_per_page,
                 "expected_waste": round(choice.expected_waste, 4),

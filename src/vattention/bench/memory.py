@@ -99,7 +99,7 @@ def run(options: MemoryBench) -> int:
     ratio = result.series.over_needed("mapped")[0]
     write_json(options.json, options.command, _record(options, requests, model, layout, page, budget, result))
     if options.plot is not None:
-        title = f"{options.model_geometry}, {format_size(page)} pages, {_shape(layout)}"
+        title = f"{options.model_geometry}, {format_size(page)} pages, {layout.name}"
         plot_memory(options.plot, result.series, title=title, unit=f"GiB in {_layers(layout, model)}")
     if options.max_ratio is None:
         return 0
@@ -164,15 +164,6 @@ def _budget(options: MemoryBench, layout: KVLayout, model: ModelGeometry) -> int
 # -- the report -----------------------------------------------------------------------------------------------------
 
 
-def _shape(layout: KVLayout) -> str:
-    parts = ["head-major" if layout.head_major else "token-major"]
-    if layout.layers_per_stream != 1:
-        parts.append(f"{layout.layers_per_stream} layers a stream")
-    if layout.kv_together:
-        parts.append("K and V together")
-    return ", ".join(parts)
-
-
 def _layers(layout: KVLayout, model: ModelGeometry) -> str:
     few = f"{layout.num_layers} of " if layout.num_layers != model.layers else "all "
     return f"{few}{model.layers} layers"
@@ -195,7 +186,7 @@ def _setting(
         ("output tokens", f"mean {mean(outputs):.0f}, longest {max(outputs)}"),
         ("model", f"{options.model_geometry}: {model.kv_heads} KV heads of {model.head_dim}, {dtype}"),
         ("replayed", replayed),
-        ("layout", f"{_shape(layout)}, {format_size(page)} pages"),
+        ("layout", f"{layout.name}, {format_size(page)} pages"),
         ("slots", f"{layout.max_num_seqs} of {layout.max_model_len} tokens"),
         ("physical budget", f"{format_size(budget)} for the layers replayed"),
     ]

@@ -105,21 +105,10 @@ class Choice:
         """See above. 0 where a token takes more than a page."""
         return self.page_size // max(stream.token_bytes for stream in self.layout.streams)
 
-    @property
-    def name(self) -> str:
-        """The layout in words."""
-        layout = self.layout
-        parts = ["head-major" if layout.head_major else "token-major"]
-        if layout.layers_per_stream != 1:
-            parts.append(f"{layout.layers_per_stream} layers a stream")
-        if layout.kv_together:
-            parts.append("K and V together")
-        return ", ".join(parts)
-
     def __str__(self) -> str:
         """All of it, in one line."""
         return (
-            f"{self.name}; {format_size(self.page_size)} pages of {self.tokens_per_page} tokens; a request of"
+            f"{self.layout.name}; {format_size(self.page_size)} pages of {self.tokens_per_page} tokens; a request of"
             f" {self.expected_tokens} tokens wastes about {self.expected_waste:.1%}: {self.reason}"
         )
 

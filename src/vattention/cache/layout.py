@@ -128,6 +128,16 @@ class KVLayout:
             raise ConfigError("head_major needs the same number of heads in every layer")
 
     @property
+    def name(self) -> str:
+        """How the streams lie, in words."""
+        parts = ["head-major" if self.head_major else "token-major"]
+        if self.layers_per_stream != 1:
+            parts.append(f"{self.layers_per_stream} layers a stream")
+        if self.kv_together:
+            parts.append("K and V together")
+        return ", ".join(parts)
+
+    @property
     def bytes_per_token(self) -> int:
         """K and V of one token, all layers."""
         return sum(self._token_bytes)

@@ -17,7 +17,7 @@ from vattention.bench.gpu.sides import Case, Compute, data, ours
 from vattention.bench.table import table
 from vattention.bench.trace import Lengths, draw_requests, load_trace
 from vattention.cache import KVLayout
-from vattention.cache.choosing import Choice, Place, choose
+from vattention.cache.choosing import Place, choose
 from vattention.errors import VAttentionError
 from vattention.memory.sizes import format_size
 
@@ -94,7 +94,7 @@ def _about(layout: KVLayout, pages: list[int], lengths: list[int]) -> dict[str, 
         for page in pages
     ]
     return {
-        "layout": Choice(layout, pages[0], 1, "").name,
+        "layout": layout.name,
         "streams": len(layout.streams),
         "tokens_per_page": [page // max(stream.token_bytes for stream in layout.streams) for page in pages],
         "waste": [size / needed - 1 for size in mapped],
