@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import processes
 from vattention.bench.contest import ContestOptions, readable
 from vattention.cli import main
 from vattention.engine.loading import load_model
@@ -21,21 +22,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers inherit a mark: others may measure on this machine too."""
-    monkeypatch.setenv("VATTENTION_TEST_MARK", str(os.getpid()))
-
-
-def left_running() -> list[str]:
-    """Processes with our mark, but for this one: it was not started with it."""
-    mark = f"VATTENTION_TEST_MARK={os.getpid()}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(entry.name)
-        except OSError:  # it has ended
-            continue
-    return found
+    processes.mark(monkeypatch)
 
 
 def test_side_by_side_with_transformers(
@@ -79,7 +66,7 @@ def test_side_by_side_with_transformers(
                 for ours, theirs in zip(case["sides"]["vattention"], case["sides"]["transformers"], strict=True)
             ]
             assert line["ratios"]["transformers"]["median"] == pytest.approx(sum(ratios) / 2)
-    assert left_running() == []
+    assert processes.left_running() == []
 
 
 @pytest.mark.parametrize(
@@ -113,7 +100,7 @@ def test_bad_options_are_one_line_and_exit_code_2(
     err = capsys.readouterr().err
     assert problem in err
     assert len(err.splitlines()) == 1
-    assert left_running() == []
+    assert processes.left_running() == []
 
 
 def test_a_peer_whose_environment_lacks_it_is_named(
@@ -127,7 +114,7 @@ def test_a_peer_whose_environment_lacks_it_is_named(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "vllm died of exit code 1 when asked to start" in error
     assert "No module named vllm" in error
-    assert left_running() == []
+    assert processes.left_running() == []
 
 
 def test_our_own_engine_in_blocks_is_a_peer(tiny_directory: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +123,7 @@ def test_our_own_engine_in_blocks_is_a_peer(tiny_directory: str, capsys: pytest.
     out, err = capsys.readouterr()
     assert "ratio to paged-16" in out
     assert "paged-256 has started" in err
-    assert left_running() == []
+    assert processes.left_running() == []
 
 
 def test_different_conditions_fail(tiny_directory: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +132,7 @@ def test_different_conditions_fail(tiny_directory: str, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "FAIL: different conditions: prefix caching: off and on"
     assert out.count("DIFFERENT\n") == 1
-    assert left_running() == []
+    assert processes.left_running() == []
 
 
 def test_the_demo_model_is_written_out_for_peers_that_cannot_read_it(

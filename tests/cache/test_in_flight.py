@@ -7,18 +7,17 @@ the next fence fails. Nor is the device waited for where nothing is taken away: 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import invariant, run_state_machine_as_test
+from hypothesis.stateful import invariant
 
 from cache import test_state_machine as machine
 from support.device import DeviceDriver
+from support.machines import TEST_ALL, run
 
-TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
 EXAMPLES = 1_000 if TEST_ALL else 15
+STEPS = 100
 
 
 class BusyDriver(DeviceDriver):
@@ -104,22 +103,10 @@ def _part(slot: int, stream: int, first: int) -> Any:
     return Part(slot, stream, first, 0)
 
 
-def run(kind: type[machine.CacheMachine]) -> None:
-    chosen = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=100,
-        derandomize=not TEST_ALL,
-        phases=(Phase.generate,),
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(kind, settings=chosen)
-
-
 @pytest.mark.timeout(0 if TEST_ALL else 300)
 def test_nothing_is_taken_away_under_work_in_flight() -> None:
     totals.update(dict.fromkeys(totals, 0))
-    run(BusyMachine)
+    run(BusyMachine, examples=EXAMPLES, steps=STEPS)
     print(totals)
     assert totals["taken"] > 10 * EXAMPLES
     assert totals["submitted"] > 100 * EXAMPLES
@@ -137,4 +124,4 @@ class _CarelessMachine(BusyMachine):
 def test_the_model_sees_who_does_not_wait() -> None:
     """The control."""
     with pytest.raises(AssertionError, match="while work may touch it"):
-        run(_CarelessMachine)
+        run(_CarelessMachine, examples=EXAMPLES, steps=STEPS)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from support import emulated_cuda
+from support.machines import TEST_ALL, run
 
 if not emulated_cuda.ACTIVE:
     pytest.skip("runs in a process of its own: see test_cuda_emulated.py", allow_module_level=True)
@@ -26,8 +26,8 @@ if not emulated_cuda.ACTIVE:
 from vattention.errors import DriverError
 from vattention.memory import CudaDriver, PagePool, Reservation
 
-TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
 EXAMPLES = 3_000 if TEST_ALL else 60
+STEPS = 60
 PAGE, PAGES, STREAMS = os.sysconf("SC_PAGESIZE"), 12, 3
 
 seen: Counter[str] = Counter()
@@ -219,22 +219,10 @@ class InFlight(RuleBasedStateMachine):
             emulated_cuda.load().configure(granularity=PAGE)
 
 
-def run(kind: type[InFlight], examples: int = EXAMPLES) -> None:
-    chosen = settings(
-        max_examples=examples,
-        stateful_step_count=60,
-        derandomize=not TEST_ALL,
-        phases=(Phase.generate,),
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(kind, settings=chosen)
-
-
 @pytest.mark.timeout(0 if TEST_ALL else 300)
 def test_no_page_is_unmapped_or_used_again_before_its_last_use_has_completed() -> None:
     seen.clear()
-    run(InFlight)
+    run(InFlight, examples=EXAMPLES, steps=STEPS)
     print(dict(seen))
     for what in ("submitted", "replaced", "used again", "aliased", "unmapped under work", "watched"):
         assert seen[what] > EXAMPLES // 6, what
@@ -255,4 +243,4 @@ class _OneStream(CudaDriver):
 def test_the_model_sees_who_does_not_wait(driver: type[CudaDriver]) -> None:
     """The controls. Handles of streams are addresses, so which of them is the first may differ from run to run."""
     with pytest.raises((AssertionError, DriverError, ExceptionGroup, Flaky)):
-        run(type("Broken", (InFlight,), {"driver_type": driver}), 20 * EXAMPLES)
+        run(type("Broken", (InFlight,), {"driver_type": driver}), examples=20 * EXAMPLES, steps=STEPS)

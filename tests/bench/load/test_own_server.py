@@ -1,11 +1,11 @@
 """`vattention bench serve` where it starts the servers: ours for real, and one that cannot start."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from support import processes
 from support.chat_models import save
 from vattention.bench.load.requests import Form, asks
 from vattention.bench.workload import fixed
@@ -24,20 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VATTENTION_TEST_MARK", f"serve-{os.getpid()}")
-
-
-def left_running() -> list[str]:
-    """Processes with our mark, but for this one: it was not started with it."""
-    mark = f"VATTENTION_TEST_MARK=serve-{os.getpid()}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(entry.name)
-        except OSError:  # it has ended
-            continue
-    return found
+    processes.mark(monkeypatch)
 
 
 def test_ours_beside_a_peer(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -54,7 +41,7 @@ def test_ours_beside_a_peer(model: str, capsys: pytest.CaptureFixture[str], tmp_
             assert [each["output_tokens"] for each in rounds] == [20, 20]
     assert result["conditions"]["stopped_sides_cpu_seconds"] < 0.1
     assert all(share > 0 for shares in result["conditions"]["cores_busy"].values() for share in shares)
-    assert left_running() == []
+    assert processes.left_running() == []
 
 
 @pytest.mark.slow
@@ -72,7 +59,7 @@ def test_what_http_costs(model: str, capsys: pytest.CaptureFixture[str], tmp_pat
         for found, offline in zip(result["online"], result["offline_tokens_per_second"], strict=True)
     )
     assert result["share"]["low"] == pytest.approx(shares[0])
-    assert left_running() == []
+    assert processes.left_running() == []
 
 
 def test_both_sides_of_that_get_the_same_prompts() -> None:
@@ -86,4 +73,4 @@ def test_a_server_that_does_not_start(model: str, capsys: pytest.CaptureFixture[
     err = capsys.readouterr().err
     assert "vattention ended with exit code 2; its last words:" in err
     assert "page_size" in err
-    assert left_running() == []
+    assert processes.left_running() == []
