@@ -63,6 +63,23 @@ def test_what_it_forbids(label: str, operations: dict[str, Any], shared_server: 
     asking(operations[label], GenerationMode.NEGATIVE, shared_server)
 
 
+@pytest.mark.parametrize(
+    ("label", "body"),
+    [
+        ("POST /v1/completions", {"prompt": "Hello", "max_tokens": 2}),
+        ("POST /v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}),
+        ("POST /v1/responses", {"input": "Hello", "max_output_tokens": 2}),
+    ],
+)
+def test_an_answer_in_events_is_in_the_document(label: str, body: dict[str, Any], operations: dict[str, Any]) -> None:
+    """What is drawn asks for a valid one too seldom for the shorter form."""
+    case = operations[label].Case(body={**body, "stream": True}, media_type="application/json")
+    response = case.call(timeout=PATIENCE)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == ["text/event-stream; charset=utf-8"]
+    case.validate_response(response, checks=CHECKS)
+
+
 def asking(operation: Any, mode: GenerationMode, server: Server) -> None:
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     @hypothesis.settings(

@@ -1,10 +1,11 @@
-"""What the OpenAPI document says about answers that are not a success."""
+"""What the OpenAPI document says about answers that are not a success, and about those in events."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vattention.server.protocol.base import ErrorResponse
+from vattention.server.streaming import EventStream
 
 _MEANING = {
     400: "The request cannot be served as it is.",
@@ -24,8 +25,13 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": _MEANING[status]} for status in statuses}
 
 
-GENERATING = failures(400, 401, 404, 408, 413, 429, 500, 503, 504)
-"""Of the endpoints that generate."""
-
 READING = failures(400, 401, 404, 408, 413, 429, 500, 503, 504)
 """Of endpoints that read a body and ask nothing of the engine."""
+
+_STREAMED = {
+    "description": "The answer, whole or with `stream` as events.",
+    "content": {EventStream.media_type: {}},
+}
+
+GENERATING: dict[int | str, dict[str, Any]] = {200: _STREAMED, **READING}
+"""Of the endpoints that generate."""
