@@ -44,8 +44,10 @@ def test_the_limit_of_decoding_is_its_bytes(tiny_directory: str, tmp_path: Path)
 
     as_json = tmp_path / "s.json"
     command = ["bench", "step", tiny_directory, *SHORT, "--no-compile", "--dtype", "float32", "--json", str(as_json)]
-    assert main(command) == 0
-    limits = json.loads(as_json.read_text())["results"][1]["limits"]
+    assert main([*command, "--expected-tokens", "45"]) == 0
+    found = json.loads(as_json.read_text())
+    assert found["layout"] == {"expected_tokens": 45}
+    limits = found["results"][1]["limits"]
     model = AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32)
     matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     config = model.config

@@ -75,6 +75,7 @@ def test_who_cannot_be_asked(typed: Any) -> None:
         (["--url", url], f"no server answers at {url}: Connection refused"),
         (["--url", "ftp://x"], "is no URL of a server"),
         (["--url", url, "--compile", "--seed", "3"], "leave --compile, --seed out"),
+        (["--url", url, "--expected-tokens", "9"], "leave --expected-tokens out"),
         (["--api-key", "x"], "name it with --url"),
     ):
         code, _, err = typed(["chat", *more], "Hello\n")

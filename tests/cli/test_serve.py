@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vattention.cli.arguments import parser
-from vattention.cli.serve import KEYS, PREFIX, settings
+from vattention.cli.serve import KEYS, PREFIX, opener, settings
 from vattention.cli.sources import Sources
 from vattention.errors import ConfigError
 
@@ -65,6 +65,13 @@ def test_every_option_of_the_engine_can_come_from_anywhere(file: Any) -> None:
         for name in ("run", "config", "options", "sources"):
             vars(args).pop(name, None)
     assert vars(from_file) == vars(from_environment) == vars(from_flags)
+
+
+def test_every_option_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("vattention.async_llm.AsyncLLM", lambda model, **options: given.update(options, model=model))
+    opener(read("m", "--device", "cpu", "--page-size", "64KiB", "--no-compile", "--expected-tokens", "300"))()
+    assert given == dict(model="m", device="cpu", page_size="64KiB", compile=False, expected_tokens=300)
 
 
 def test_all_goes_before_another_number_of_layers() -> None:

@@ -432,7 +432,7 @@ def step(args: argparse.Namespace) -> int:
     """Time the parts of a pass."""
     from vattention.bench.step import StepBench, measure
 
-    return measure(filled(StepBench, args), layout=given(args, LAYOUT))
+    return measure(filled(StepBench, args), layout=given(args, CHOICE))
 
 
 _THROUGHPUT = """\

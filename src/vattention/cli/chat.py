@@ -14,9 +14,9 @@ from vattention.cli.conversation import Conversation
 from vattention.cli.options import (
     CAPACITY,
     CHECKS,
+    CHOICE,
     FAILED,
     FEATURES,
-    LAYOUT,
     MODEL,
     SAMPLING,
     add_capacity,
@@ -71,7 +71,7 @@ def _answers(args: argparse.Namespace) -> Iterator[Answers]:
         with open_llm(args, max_num_seqs=1, **given(args, ("seed",))) as llm:
             yield EngineAnswers(llm)
         return
-    of_the_engine = given(args, (*MODEL, *CAPACITY, *FEATURES, *LAYOUT, *CHECKS, "seed"))
+    of_the_engine = given(args, (*MODEL, *CAPACITY, *FEATURES, *CHOICE, *CHECKS, "seed"))
     if of_the_engine:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in of_the_engine)
         raise ConfigError(f"with --url the engine is the server's: leave {names} out")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vattention.cli.options import (
     CAPACITY,
     CHECKS,
+    CHOICE,
     FEATURES,
-    LAYOUT,
     MODEL,
     add_capacity,
     add_checks,
@@ -85,7 +85,7 @@ def add_to(commands: Any) -> None:
     add_capacity(parser)
     add_features(parser)
     parser.add_argument("--seed", type=int, metavar="N", help="of the random numbers of requests that name none (0)")
-    add_layout(parser)
+    add_layout(parser, chosen=True)
     add_checks(parser)
     parser.set_defaults(options=parser)
 
@@ -124,7 +124,7 @@ def settings(args: argparse.Namespace) -> ServerSettings:
 
 def opener(args: argparse.Namespace) -> Callable[[], AsyncLLM]:
     """Opens the model that `args` describe. What it has to say goes to the log."""
-    options = given(args, (*MODEL, *CAPACITY, *FEATURES, *LAYOUT, *CHECKS, "seed"))
+    options = given(args, (*MODEL, *CAPACITY, *FEATURES, *CHOICE, *CHECKS, "seed"))
     no_bars()
 
     def opened() -> AsyncLLM:
