@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from vattention.bench import processes
@@ -88,8 +88,22 @@ class Child:
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         return f"; its last words: {end_of(' | '.join(lines[-4:]))}" if lines else ""
 
+    def end(self, ask: Callable[[], object], seconds: float) -> None:
+        """`ask` it to end, and wait so long; then kill what is left of it. Idempotent."""
+        if self.closed:
+            return
+        self.resume()
+        try:
+            ask()
+            self.process.wait(seconds)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            pass  # it will be killed
+        self.close()
+
     def close(self) -> None:
-        """Kill what is left of it. To be called once."""
+        """Kill what is left of it. Idempotent."""
+        if self.closed:
+            return
         processes.kill(self.session)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vattention.bench import processes
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.ratios import spread
 from vattention.bench.side import environment_for
 from vattention.bench.table import table
@@ -79,8 +79,8 @@ def run(options: ColdstartBench) -> int:
     passed = options.max_ratio is None or found.median <= options.max_ratio
     verdict = "" if options.max_ratio is None else f"{'PASS' if passed else 'FAIL'} (at most {options.max_ratio:g}): "
     print(f"{verdict}time of vattention generate over that of transformers: {found.show(3)}")
-    settings = {key: value for key, value in asdict(options).items() if key not in ("command", "json")}
-    write_json(options.json, options.command, {"settings": settings, "seconds": seconds, "ratio": asdict(found)})
+    result = {"settings": settings_of(options), "seconds": seconds, "ratio": asdict(found)}
+    write_json(options.json, options.command, result)
     return 0 if passed else 1
 
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from vattention.attention import register
 from vattention.bench.generate_memory import count
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.table import table
 from vattention.engine.loading import load_model
 from vattention.errors import ConfigError
@@ -94,11 +94,15 @@ def run(options: GenerateBench) -> int:
         rows = {context: _measure(loaded.model, options, context) for context in options.contexts}
         failures = _report(rows, options)
     print("FAIL: " + "; ".join(failures) if failures else "PASS")
-    settings = {name: value for name, value in asdict(options).items() if name not in ("command", "json")}
     write_json(
         options.json,
         options.command,
-        {"settings": {**settings, "model": loaded.name}, "passed": not failures, "failures": failures, "result": rows},
+        {
+            "settings": {**settings_of(options), "model": loaded.name},
+            "passed": not failures,
+            "failures": failures,
+            "result": rows,
+        },
     )
     return 1 if failures else 0
 

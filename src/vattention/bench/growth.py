@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.prompts import make_prompts
 from vattention.bench.setup import EngineOptions, open_cache, open_engine, step
 from vattention.bench.table import table
@@ -200,12 +200,11 @@ def _report(options: GrowthBench, demand: list[Round], premapped: list[Round], p
         failures.append(f"growth costs more than {options.max_overhead:.1%} of decode time")
     verdict = "FAIL: " + "; ".join(failures) if failures else "PASS: no driver call on the engine's thread"
     print(f"{verdict}; decode time on demand over pre-mapped: {ratio:.4f}")
-    settings = {name: value for name, value in asdict(options).items() if name not in ("command", "json")}
     write_json(
         options.json,
         options.command,
         {
-            "settings": {**settings, "model": model, "page_size": page},
+            "settings": {**settings_of(options), "model": model, "page_size": page},
             "passed": not failures,
             "failures": failures,
             "ratio": ratio,

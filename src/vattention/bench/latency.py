@@ -9,7 +9,7 @@ from typing import Any
 
 from vattention.bench.conditions import differences
 from vattention.bench.contest import OURS, ContestOptions, contest, tell
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.ratios import percentile, ratio, spread
 from vattention.bench.side import Side
 from vattention.bench.table import table
@@ -87,12 +87,11 @@ def run(options: LatencyBench) -> int:
         failures = [f"different conditions: {words}" for words in differences(sides.conditions)]
         for failure in failures:
             print(f"FAIL: {failure}")
-        record = {name: value for name, value in asdict(options).items() if name not in ("command", "json")}
         write_json(
             options.json,
             options.command,
             {
-                "settings": record,
+                "settings": settings_of(options),
                 "conditions": sides.record(),
                 "failures": failures,
                 "ratios": {

@@ -7,12 +7,14 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vattention.errors import ConfigError
 
+_NO_SETTINGS = ("command", "json", "plot", "api_key")
 _PACKAGES = ("vattention", "torch", "transformers", "numpy", "cuda-bindings")
 
 
@@ -49,6 +51,11 @@ def check_writable(path: str | None) -> None:
         raise ConfigError(f"cannot write {path}: there is no directory {folder}")
     if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
         raise ConfigError(f"cannot write {path}: it is a directory, or not ours to write")
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """The options of a command, a dataclass, for its result: all but keys, and what says where to write."""
+    return {name: value for name, value in asdict(options).items() if name not in _NO_SETTINGS}
 
 
 def write_json(path: str | None, command: str, result: Mapping[str, Any]) -> None:

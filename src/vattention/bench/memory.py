@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vattention.bench.geometry import GEOMETRIES, ModelGeometry
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.plot import check_plotting, plot_memory
 from vattention.bench.replay import BACKED, Replay, replay
 from vattention.bench.table import table
@@ -284,10 +284,9 @@ def _record(
     series = result.series
     stride = -(-len(series) // _POINTS)
     ratios = {column: series.over_needed(column) for column in BACKED}
-    settings = {name: value for name, value in asdict(options).items() if name not in ("command", "json", "plot")}
     return {
         "settings": {
-            **settings,
+            **settings_of(options),
             "requests": len(requests),
             "model": {**asdict(model), "dtype": str(model.dtype).removeprefix("torch.")},
             "layers_replayed": layout.num_layers,

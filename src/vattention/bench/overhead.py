@@ -20,7 +20,7 @@ from vattention.bench.load.figures import Figures
 from vattention.bench.load.requests import Form, asks
 from vattention.bench.load.servers import ServerProcess
 from vattention.bench.load.target import Target, run_load, target_of
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.ratios import ratio, spread
 from vattention.bench.serve import check_servers, started
 from vattention.bench.side import Side, environment_for
@@ -181,9 +181,8 @@ def _report(
     print(
         f"{'FAIL' if failed else 'PASS'}: {left.median:.1%} of the offline engine's tokens a second are left over HTTP"
     )
-    hidden = ("command", "json")
     result: dict[str, Any] = {
-        "settings": {name: value for name, value in asdict(options).items() if name not in hidden},
+        "settings": settings_of(options),
         "offline_tokens_per_second": offline,
         "online": [asdict(found) for found in online],
         "cores_busy": shares,

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from vattention.bench.contest import OURS, ContestOptions, check, readable, tell, threads_of
@@ -18,7 +18,7 @@ from vattention.bench.load.report import bars_of, print_phases, record_of
 from vattention.bench.load.requests import Form, asks
 from vattention.bench.load.target import Target, overhead_of, run_load, target_of
 from vattention.bench.load.turns import Turns
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.side import environment_for, python_in
 from vattention.bench.trace import Lengths, load_trace
 from vattention.bench.workload import fitted
@@ -320,10 +320,8 @@ def _first_arrivals(options: ServeBench) -> Arrivals:
 def _write(
     options: ServeBench, turns: Turns, phases: Sequence[Phase], lengths: Sequence[Lengths], failures: Sequence[str]
 ) -> None:
-    hidden = ("command", "json", "plot", "api_key")
-    settings = {name: value for name, value in asdict(options).items() if name not in hidden}
     result: Mapping[str, Any] = {
-        "settings": settings,
+        "settings": settings_of(options),
         "conditions": turns.record(),
         "requests": [tuple(each) for each in lengths],
         "failures": list(failures),

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,18 +68,19 @@ class Side:
 
     def _answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + self._timeout
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died: reading says how
+        with suppress(BrokenPipeError):  # it has died: reading says how
+            self._send(command)
         answer: dict[str, Any] = json.loads(self._line(command["do"], deadline))
         if "error" in answer:
             raise EngineError(
                 f"{self.name} failed to {command['do']}: {end_of(answer['error'])}{self._child.last_words()}"
             )
         return answer
+
+    def _send(self, command: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        self._process.stdin.flush()
 
     def at_work(self) -> AbstractContextManager[None]:
         """The others must be stopped meanwhile; this one is, afterwards."""
@@ -91,18 +92,10 @@ class Side:
 
     def close(self, *, at_once: bool = False) -> None:
         """End it, by asking unless `at_once`; what does not end is killed. Idempotent."""
-        if self._child.closed:
-            return
-        if not at_once:
-            self._child.resume()
-            try:
-                assert self._process.stdin is not None
-                self._process.stdin.write(b'{"do": "quit"}\n')
-                self._process.stdin.flush()
-                self._process.wait(_GOODBYE)
-            except (BrokenPipeError, subprocess.TimeoutExpired):
-                pass  # it will be killed
-        self._child.close()
+        if at_once:
+            self._child.close()
+        else:
+            self._child.end(lambda: self._send({"do": "quit"}), _GOODBYE)
 
     def __enter__(self) -> Self:
         return self

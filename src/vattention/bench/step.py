@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from vattention.attention.base import AttentionBatch
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.table import table
 from vattention.engine import compiled, linears
 from vattention.engine.sampling_params import SamplingParams
@@ -103,7 +103,7 @@ def measure(bench: StepBench, *, layout: Mapping[str, Any]) -> int:
     if bench.plot:
         compiled = "compiled" if bench.compile else "uncompiled"
         plot(bench.plot, results, title=f"{bench.requests} x {bench.prompt_tokens} tokens, {bench.dtype}, {compiled}")
-    found = {"settings": asdict(bench), "layout": dict(layout), "results": [asdict(result) for result in results]}
+    found = {"settings": settings_of(bench), "layout": dict(layout), "results": [asdict(result) for result in results]}
     write_json(bench.json, bench.command, found)
     return 0
 

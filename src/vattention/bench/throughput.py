@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from vattention.bench.conditions import differences
 from vattention.bench.contest import OURS, Contest, ContestOptions, contest, run_case, tell
-from vattention.bench.machine import check_writable, write_json
+from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.ratios import Spread, ratio, spread
 from vattention.bench.side import Side
 from vattention.bench.table import table
@@ -194,12 +194,11 @@ def _report(
         print(f"FAIL: {failure}")
     if options.at_least and not failures:
         print("PASS: " + ", ".join(f"{name} at least {bar:g}" for name, bar in options.at_least.items()))
-    record = {name: value for name, value in asdict(options).items() if name not in ("command", "json", "plot")}
     write_json(
         options.json,
         options.command,
         {
-            "settings": record,
+            "settings": settings_of(options),
             "conditions": sides.record(),
             "failures": failures,
             "lines": [asdict(line) for line in lines],

@@ -1,4 +1,4 @@
-"""What both caches say to slots and lengths that cannot be."""
+"""What both caches say to slots, lengths and layers that cannot be."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def checked_lengths(lengths: Mapping[int, int], slot: Callable[[SupportsIndex], 
     if not isinstance(lengths, Mapping):
         raise TypeError(f"lengths must map slots to numbers of tokens, not {type(lengths).__name__}")
     return {slot(number): checked_length(length, "length", longest) for number, length in lengths.items()}
+
+
+def checked_layer(layer: SupportsIndex, layers: int) -> int:
+    """The number of a layer, of `layers` that there are. Raises InvalidRequest for any other."""
+    number = integer(layer, "a layer")
+    if not 0 <= number < layers:
+        raise InvalidRequest(f"layer {number} is not one of the {layers} layers")
+    return number

@@ -14,7 +14,7 @@ from typing import SupportsIndex
 
 import torch
 
-from vattention.cache.arguments import checked_length, checked_lengths, checked_slot
+from vattention.cache.arguments import checked_layer, checked_length, checked_lengths, checked_slot
 from vattention.cache.backing import Backing
 from vattention.cache.layout import KVLayout
 from vattention.cache.moving import apply_moves, plan_moves
@@ -376,10 +376,7 @@ class KVCache:
         """
         views = self._views
         self._check_open()
-        number = operator.index(index)
-        if not 0 <= number < self.layout.num_layers:
-            raise InvalidRequest(f"layer {number} is not one of the {self.layout.num_layers} layers")
-        k, v = views[number]
+        k, v = views[checked_layer(index, self.layout.num_layers)]
         return k, v
 
     def watch(self, stream: SupportsIndex) -> None:

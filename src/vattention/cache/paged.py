@@ -6,7 +6,6 @@ scheduler, the engine and the decode kernel are the same, and only addresses dif
 
 from __future__ import annotations
 
-import operator
 import threading
 from bisect import bisect_left
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import SupportsIndex
 
 import torch
 
-from vattention.cache.arguments import checked_length, checked_lengths, checked_slot
+from vattention.cache.arguments import checked_layer, checked_length, checked_lengths, checked_slot
 from vattention.cache.layout import KVLayout
 from vattention.cache.opening import integer
 from vattention.cache.stats import CacheStats, SlotStats
@@ -203,10 +202,7 @@ class PagedKVCache:
         """
         layers = self._layers
         self._check_open()
-        number = operator.index(index)
-        if not 0 <= number < self.layout.num_layers:
-            raise InvalidRequest(f"layer {number} is not one of the {self.layout.num_layers} layers")
-        return layers[number]
+        return layers[checked_layer(index, self.layout.num_layers)]
 
     def trim(self) -> int:
         """Bytes given back to the system: none, the pool stays as it is until `close`."""

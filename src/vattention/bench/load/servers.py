@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -96,15 +95,7 @@ class ServerProcess:
 
     def close(self) -> None:
         """End it, by asking; what does not end is killed. Idempotent."""
-        if self._child.closed:
-            return
-        self._child.resume()
-        try:
-            self._child.process.terminate()
-            self._child.process.wait(_GOODBYE)
-        except subprocess.TimeoutExpired:
-            pass  # it will be killed
-        self._child.close()
+        self._child.end(self._child.process.terminate, _GOODBYE)
 
     def __enter__(self) -> Self:
         return self
