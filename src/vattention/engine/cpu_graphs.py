@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,7 @@ class _Step(ctypes.Structure):
 class _Native:
     """A call of a compiled function."""
 
+    name: str
     address: int
     arguments: Sequence[int]
     alone: bool
@@ -139,6 +141,34 @@ def _compare(output: torch.Tensor, expected: torch.Tensor) -> None:
         raise CannotRecord("a replay computes something else")
 
 
+@dataclass(frozen=True)
+class Program:
+    """A recorded pass.
+
+    Attributes:
+        parts: what is called.
+        owned: what they read and write.
+    """
+
+    parts: Sequence[_Sequence | _Operator]
+    owned: Any
+
+    def __call__(self) -> None:
+        """Do it again."""
+        for part in self.parts:
+            part()
+
+    def timed(self) -> Iterator[tuple[str, float]]:
+        """Do it again. Yields what was called, and the seconds it took."""
+        for part in self.parts:
+            if isinstance(part, _Sequence):
+                yield from part.timed()
+                continue
+            began = time.perf_counter()
+            part()
+            yield str(part.function), time.perf_counter() - began
+
+
 class _Memory:
     """Tensors at addresses that are used again once they are gone, and by nobody else."""
 
@@ -189,26 +219,20 @@ class _Recorder(TorchDispatchMode):
         with _generated(self._watch, self._memory.empty), recording.to(self), self:
             yield
 
-    def program(self, library: ctypes.CDLL) -> Callable[[], None]:
-        """A function that does it all again."""
-        parts: list[Callable[[], None]] = []
+    def program(self, library: ctypes.CDLL) -> Program:
+        """What does it all again."""
+        parts: list[_Sequence | _Operator] = []
         calls: list[_Native] = []
         for step in (*self._steps, None):
             if isinstance(step, _Native):
                 calls.append(step)
                 continue
             if calls:
-                parts.append(_sequence(library, calls))
+                parts.append(_Sequence(library, calls))
                 calls = []
             if step is not None:
                 parts.append(step)
-        owned = (self._memory, self._kept)
-
-        def replay(_: Any = owned) -> None:
-            for part in parts:
-                part()
-
-        return replay
+        return Program(parts, (self._memory, self._kept))
 
     def spoil(self) -> None:
         """Fill all that the recorded calls compute with garbage."""
@@ -220,7 +244,7 @@ class _Recorder(TorchDispatchMode):
         """See `recording.Recorder`."""
         own = type(argument).from_buffer_copy(argument)
         self._kept.append((own, kept))
-        self._steps.append(_Native(_address_of(function), (ctypes.addressof(own),), alone=False))
+        self._steps.append(_Native(function.__name__, _address_of(function), (ctypes.addressof(own),), alone=False))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -246,7 +270,7 @@ class _Recorder(TorchDispatchMode):
         alone = tensor.dim() == 0 and tensor.untyped_storage().nbytes() == tensor.element_size()
         return alone and _storage(tensor) not in self._made and not self._memory.has(tensor)
 
-    def _watch(self, address: int, args: Sequence[Any]) -> None:
+    def _watch(self, name: str, address: int, args: Sequence[Any]) -> None:
         """A function of inductor's has been called."""
         if len(args) > _MOST_ARGUMENTS:
             raise CannotRecord(f"a generated function takes {len(args)} arguments")
@@ -262,12 +286,12 @@ class _Recorder(TorchDispatchMode):
                 numbers.append(value)
             else:
                 raise CannotRecord(f"a generated function takes a {type(value).__name__}")
-        self._steps.append(_Native(address, numbers, alone=size <= _SMALL))
+        self._steps.append(_Native(name, address, numbers, alone=size <= _SMALL))
 
 
 @contextmanager
 def _generated(
-    watch: Callable[[int, Sequence[Any]], None],
+    watch: Callable[[str, int, Sequence[Any]], None],
     empty: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor],
 ) -> Iterator[None]:
     """In here this thread's calls of inductor's functions are told to `watch`, and `empty` is its memory."""
@@ -275,13 +299,13 @@ def _generated(
 
     thread = threading.get_ident()
 
-    def told(kernel: Any) -> Callable[..., None]:
+    def told(name: str, kernel: Any) -> Callable[..., None]:
         address = _address_of(getattr(ctypes.CDLL(kernel.__self__.__file__), kernel.__name__))
 
         def run(*args: Any) -> None:
             kernel(*args)
             if threading.get_ident() == thread:
-                watch(address, args)
+                watch(name, address, args)
 
         return run
 
@@ -301,27 +325,35 @@ def _generated(
                     before.append((module, name, value))
         try:
             for module, name, value in before:
-                setattr(module, name, allocating(value) if name == _ALLOCATE else told(value))
+                setattr(module, name, allocating(value) if name == _ALLOCATE else told(name, value))
             yield
         finally:
             for module, name, value in before:
                 setattr(module, name, value)
 
 
-def _sequence(library: ctypes.CDLL, calls: Sequence[_Native]) -> Callable[[], None]:
-    """A function that makes these calls, in one of its own."""
-    arguments = [(ctypes.c_int64 * len(call.arguments))(*call.arguments) for call in calls]
-    steps = (_Step * len(calls))(
-        *(
-            _Step(call.address, len(call.arguments), call.alone, ctypes.addressof(given))
-            for call, given in zip(calls, arguments, strict=True)
+class _Sequence:
+    """Calls of compiled functions, made in one."""
+
+    def __init__(self, library: ctypes.CDLL, calls: Sequence[_Native]) -> None:
+        self._library = library
+        self._arguments = [(ctypes.c_int64 * len(call.arguments))(*call.arguments) for call in calls]
+        self._steps = (_Step * len(calls))(
+            *(
+                _Step(call.address, len(call.arguments), call.alone, ctypes.addressof(given))
+                for call, given in zip(calls, self._arguments, strict=True)
+            )
         )
-    )
+        self._names = [call.name for call in calls]
 
-    def run(_: Any = arguments) -> None:
-        library.vattention_replay(steps, len(calls))
+    def __call__(self) -> None:
+        self._library.vattention_replay(self._steps, len(self._steps), None)
 
-    return run
+    def timed(self) -> Iterator[tuple[str, float]]:
+        """Make the calls. Yields what was called, and the seconds it took."""
+        seconds = (ctypes.c_double * len(self._steps))()
+        self._library.vattention_replay(self._steps, len(self._steps), seconds)
+        yield from zip(self._names, seconds, strict=True)
 
 
 def _address_of(function: Any) -> int:
