@@ -203,6 +203,24 @@ def decode_plan(rows: int, *, bound: int, dtype: torch.dtype, device: torch.devi
     return DecodePlan(numbers, _first_of(device, parts))
 
 
+def cpu_plan(
+    rows: int, *, bound: int, dtype: torch.dtype, device: torch.device, table: torch.Tensor | None = None
+) -> DecodePlan:
+    """As `decode_plan`, on a CPU: attention of `rows` decodes that can be recorded, see `engine.cpu_graphs`.
+
+    `table` as for `cpu_decode.decode`. Its `attend` raises UnsupportedModel for what the kernel does not compute.
+    """
+    numbers = DecodeRows([0] * rows, [1] * rows, bound=bound, device=device)
+    attend = cpu_decode.follow(numbers, table)
+
+    def computed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        if not cpu_decode.can(query, keys, values, paged=table is not None):
+            raise UnsupportedModel(f"no kernel here computes decodes in {query.dtype} in a way that can be recorded")
+        return attend(query, keys, values, features)
+
+    return DecodePlan(numbers, computed)
+
+
 def _checked(name: str, family: Family, inner: Attend) -> Attend:
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
         check(name, family, query, keys, values, features)

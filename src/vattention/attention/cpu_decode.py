@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from vattention.attention import native
-from vattention.attention.base import Features, Segment
+from vattention.attention import native, recording
+from vattention.attention.base import Attend, Features, Segment
+from vattention.attention.decode_plan import DecodeRows
 
 _SOURCE = Path(__file__).with_name("cpu_decode.cpp")
 _NUMBERS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -119,6 +120,7 @@ class _Prepared:
         out: torch.Tensor,
         mask: torch.Tensor | None,
         table: torch.Tensor | None,
+        bound: int | None = None,
     ) -> None:
         width, value_width = keys.shape[3], values.shape[3]
         library = _library(query.dtype, width, value_width, table is not None)
@@ -150,15 +152,18 @@ class _Prepared:
         call.v_slot, call.v_token, call.v_head = values.stride()[:3]
         call.q_row, call.q_head = query.stride()[:2]
         call.out_row, call.out_head = out.stride()[:2]
-        self._pointer = ctypes.byref(call)
-        self._scratch = torch.empty(library.vattention_scratch(self._pointer), dtype=torch.uint8)
+        if bound is not None:  # room for lengths that are to come: nobody touches it before
+            longest = torch.full_like(requests.lengths, bound)
+            call.lengths = longest.data_ptr()
+        self._scratch = torch.empty(library.vattention_scratch(ctypes.byref(call)), dtype=torch.uint8)
+        call.lengths = requests.lengths.data_ptr()
         call.scratch = self._scratch.data_ptr()
 
     def run(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
         """Fill in the rows of `out`."""
         call = self._call
         call.q, call.k, call.v, call.out = query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr()
-        self._decode(self._pointer)
+        recording.call(self._decode, call, self._kept, self._scratch)
 
 
 def prepare(segments: Sequence[Segment], table: torch.Tensor | None = None) -> Callable[..., None]:
@@ -167,7 +172,24 @@ def prepare(segments: Sequence[Segment], table: torch.Tensor | None = None) -> C
     It takes `query` `[q_heads, rows, width]`, keys, values and features as an `Attend` does, and `out`
     `[rows, q_heads, width of V]`, where it fills in its rows. `table` as for `decode`.
     """
-    requests = Requests.of(segments)
+    return _prepared(Requests.of(segments), table)
+
+
+def follow(rows: DecodeRows, table: torch.Tensor | None = None) -> Attend:
+    """Attention of decodes whose numbers change in place; only what `can` accepts. `table` as for `decode`."""
+    (lengths,) = rows.keep("lengths", lambda _, lengths: [lengths], torch.int64)
+    fill = _prepared(Requests(rows.slots_there, torch.arange(len(rows)), lengths), table, bound=rows.bound)
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, features: Features) -> torch.Tensor:
+        out = query.new_empty((query.shape[1], query.shape[0], values.shape[3]))
+        fill(query, keys, values, features, out)
+        return out
+
+    return attend
+
+
+def _prepared(requests: Requests, table: torch.Tensor | None, *, bound: int | None = None) -> Callable[..., None]:
+    """See `prepare`. No length will be larger than `bound`; None: they stay as they are."""
     known: dict[tuple[object, ...], _Prepared] = {}
 
     def attend(
@@ -175,12 +197,12 @@ def prepare(segments: Sequence[Segment], table: torch.Tensor | None = None) -> C
     ) -> None:
         by_row = query.transpose(0, 1)
         if features.sinks is not None:  # which are each layer's own
-            decode(by_row, keys, values, features, requests, out, table=table)
+            _Prepared(by_row, keys, values, features, requests, out, None, table, bound).run(by_row, keys, values, out)
             return
         asked = (features.scaling, features.window, features.softcap, query.dtype, query.shape, keys.shape)
         shape = (*asked, values.shape, query.stride(), keys.stride(), values.stride(), out.stride())
         if shape not in known:
-            known[shape] = _Prepared(by_row, keys, values, features, requests, out, None, table)
+            known[shape] = _Prepared(by_row, keys, values, features, requests, out, None, table, bound)
         known[shape].run(by_row, keys, values, out)
 
     return attend

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vattention.attention import native
+from vattention.attention import native, recording
 
 _SOURCE = Path(__file__).with_name("cpu_write.cpp")
 
@@ -65,7 +65,7 @@ def write(
         positions.data_ptr(),
         (_side(key, keys), _side(value, values)),
     )
-    library.vattention_write(ctypes.byref(call))
+    recording.call(library.vattention_write, call, slots, positions)
 
 
 def _side(new: torch.Tensor, cache: torch.Tensor) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from vattention.attention import cpu_write
 from vattention.attention.base import Attend, Features, Layers, check_layer
 from vattention.attention.placing import place
 from vattention.errors import InvalidRequest, UnsupportedModel
@@ -39,14 +40,21 @@ class DecodeBatch:
         layers: where K and V live.
         rows: of each pass, padding included.
         plan: for that many rows.
+        repeat: padding is the first request once more, which writes the same bits to the same place. It costs more to
+            compute, and nothing to write: for passes that are padded when they are captured, and then no more.
+        table: of a `PagedKVCache`, whose layers are `[blocks, block_size, kv_heads, width]`.
 
     Attributes:
         rows: see above.
         tokens, positions: the inputs of the model, `[rows]` int64 each, at addresses that never change.
     """
 
-    def __init__(self, layers: Layers, rows: int, plan: Plan) -> None:
+    def __init__(
+        self, layers: Layers, rows: int, plan: Plan, *, repeat: bool = False, table: torch.Tensor | None = None
+    ) -> None:
         self.rows = rows
+        self._repeat = repeat
+        self._table = table
         self._layers = layers
         self._plan = plan
         self._device = layers[0][0].device
@@ -67,16 +75,23 @@ class DecodeBatch:
         more = self.rows - count
         positions = [length - 1 for length in lengths]
         padded = [*slots, *[slots[0]] * more]
+        places = [*positions, *[positions[0]] * more]
         numbers = (
-            [*tokens, *[0] * more],
-            [*positions, *[0] * more],
-            padded,
-            [*positions, *[positions[0]] * more],
+            [*tokens, *[tokens[0] if self._repeat else 0] * more],
+            places if self._repeat else [*positions, *[0] * more],
+            *(self._in_blocks(padded, places) if self._table is not None else (padded, places)),
             [*range(count), *[0] * more],
         )
         (new,) = place([[number for row in numbers for number in row]], self._device)
         self._numbers.copy_(new.view(5, self.rows))
-        self._plan.update(padded, [*lengths, *[1] * more])
+        self._plan.update(padded, [*lengths, *[lengths[0] if self._repeat else 1] * more])
+
+    def _in_blocks(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Blocks, and places in them."""
+        assert self._table is not None
+        size = self._layers[0][0].shape[1]
+        blocks = [int(self._table[slot, position // size]) for slot, position in zip(slots, positions, strict=True)]
+        return blocks, [position % size for position in positions]
 
     def begin(self) -> None:
         """The model is about to run: each layer writes once."""
@@ -91,9 +106,12 @@ class DecodeBatch:
         self._written.add(layer)
         keys, values = self._layers[layer]
         check_layer(layer, key, value, keys, values)
+        if self._repeat and cpu_write.can(key, keys) and cpu_write.can(value, values):
+            cpu_write.write(self._slots, self._places, key[0], value[0], keys, values)
+            return self._plan.attend(query[0], keys, values, features)[None]
         for cache, new in ((keys, key[0]), (values, value[0])):
             by_row = new.transpose(0, 1)
-            if self.rows > 1:  # the same bits wherever the same place is written twice
+            if not self._repeat and self.rows > 1:  # the same bits wherever the same place is written twice
                 by_row = by_row.index_select(0, self._sources)
             cache.index_put_((self._slots, self._places), by_row)
         return self._plan.attend(query[0], keys, values, features)[None]

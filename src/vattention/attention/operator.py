@@ -49,7 +49,7 @@ def attend(
     return out
 
 
-def _attend(
+def run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -60,6 +60,7 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    """What `vattention::attend` does."""
     # Without a default: a compiler that hands on another tensor than it got must not pass for a ticket for nothing.
     batch: Batch | None = getattr(ticket, _ATTRIBUTE)
     if batch is None:
@@ -72,7 +73,7 @@ def _shape(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("attend", _attend, _device)
+    _library.impl("attend", run, _device)
 
 
 @torch.library.register_fake("vattention::attend", lib=_library)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vattention.attention import native
+from vattention.attention import native, recording
 from vattention.engine.kept import Kept
 
 _SOURCE = Path(__file__).with_name("cpu_linear.cpp")
@@ -91,7 +91,7 @@ def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[to
         out.data_ptr(),
         layers.address,
     )
-    _library().vattention_linear(ctypes.byref(call))  # type: ignore[union-attr]
+    recording.call(_library().vattention_linear, call, layers, weights, biases)  # type: ignore[union-attr]
     return out
 
 

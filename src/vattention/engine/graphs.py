@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,6 +29,7 @@ import torch
 from vattention.attention import choose
 from vattention.attention.base import Layers
 from vattention.attention.decode_batch import DecodeBatch, Plan
+from vattention.attention.recording import CannotRecord
 from vattention.engine.request import Chunk
 
 MOST_ROWS = 512
@@ -108,6 +109,9 @@ class DecodeGraphs:
         capture: how.
         plan: attention for each bucket.
         lock: held while capturing, see above.
+        exact: a bucket for every number of rows, and no padding.
+        table: of a `PagedKVCache`.
+        quiet: no warning where passes cannot be captured.
     """
 
     def __init__(
@@ -118,9 +122,15 @@ class DecodeGraphs:
         most: int,
         bound: int,
         capture: Capture,
-        lock: AbstractContextManager[object],
+        lock: AbstractContextManager[object] = nullcontext(),  # noqa: B008 (it has no state)
         plan: Planner = choose.decode_plan,
+        exact: bool = False,
+        table: torch.Tensor | None = None,
+        quiet: bool = False,
     ) -> None:
+        self._exact = exact
+        self._table = table
+        self._quiet = quiet
         self._forward = forward
         self._layers = layers
         self._bound = bound
@@ -129,7 +139,7 @@ class DecodeGraphs:
         self._lock = lock
         self._graphs: dict[int, tuple[DecodeBatch, Captured]] = {}
         self._failed = False
-        self.buckets = buckets(min(most, MOST_ROWS))
+        self.buckets = tuple(range(1, most + 1)) if exact else buckets(min(most, MOST_ROWS))
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -151,7 +161,12 @@ class DecodeGraphs:
             return None
         batch, captured = self._graphs[bucket]
         batch.update(*numbers)
-        captured.replay()
+        try:
+            captured.replay()
+        except CannotRecord:
+            self._failed = True
+            self._graphs.clear()
+            return None
         return captured.output[: len(chunks)]
 
     def capture_all(self, slot: int) -> None:
@@ -164,12 +179,15 @@ class DecodeGraphs:
         """Capture a bucket, on a pass that is good. Returns whether that worked."""
         try:
             device, dtype = self._layers[0][0].device, self._layers[0][0].dtype
-            batch = DecodeBatch(self._layers, bucket, self._plan(bucket, bound=self._bound, dtype=dtype, device=device))
+            plan = self._plan(bucket, bound=self._bound, dtype=dtype, device=device)
+            batch = DecodeBatch(self._layers, bucket, plan, repeat=self._exact, table=self._table)
             batch.update(tokens, slots, lengths)
             with self._lock:
                 self._graphs[bucket] = batch, self._capture(lambda: self._forward(batch))
         except Exception as error:  # noqa: BLE001 (the pass is run without a graph, and raises what is wrong with it)
             self._failed = True
+            if self._quiet:
+                return False
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             warnings.warn(
                 f"decode passes of {bucket} rows run without a CUDA graph, slower: they cannot be captured"

@@ -41,7 +41,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 def run_packed(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """A linear layer by itself, its weights packed."""
-    return _linears(x, [layer.weight], [] if layer.bias is None else [layer.bias])
+    return run(x, [layer.weight], [] if layer.bias is None else [layer.bias])
 
 
 def merge_linears(graph: torch.fx.GraphModule) -> None:
@@ -73,7 +73,8 @@ def merge_linears(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+def run(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What `vattention::linears` does."""
     return _multiply(x, weights, biases)  # looked up at every call, so that it can be timed
 
 
@@ -91,7 +92,7 @@ def _multiply(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence
     return out
 
 
-_library.impl("linears", _linears, "CPU")
+_library.impl("linears", run, "CPU")
 
 
 @torch.library.register_fake("vattention::linears", lib=_library)

@@ -187,6 +187,7 @@ def open_engine(
             kernel=kernel or choose.prepare,
             compile=compile,
             capture=CudaCapture(place) if graphs else None,
+            record=place.type == "cpu" and compile is not False and cuda_graphs is not False and kernel is None,
             plan=choose.decode_plan if kernel is None else partial(choose.decode_plan, kernel=kernel.name),
         )
         engine = Engine(

@@ -15,6 +15,7 @@ from vattention.attention.decode_batch import DecodeBatch
 from vattention.attention.placing import place
 from vattention.cache import Cache, KVCache, PagedKVCache
 from vattention.engine.compiled import compile_model
+from vattention.engine.cpu_graphs import MOST_ROWS, CpuCapture
 from vattention.engine.graphs import Capture, DecodeGraphs, Planner
 from vattention.engine.request import Chunk
 
@@ -30,6 +31,8 @@ class Runner:
             has been called, on a CPU.
         capture: how passes of decodes are captured into graphs; None: they are not.
         plan: what computes attention in those.
+        record: on a CPU, once the model is compiled: passes of few decodes are recorded (`engine.cpu_graphs`), with
+            attention by `choose.cpu_plan`.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Runner:
         compile: bool | None = False,
         capture: Capture | None = None,
         plan: Planner = choose.decode_plan,
+        record: bool = False,
     ) -> None:
         self._model = model
         self._compiled = compile_model(model) if compile else None
@@ -55,6 +59,7 @@ class Runner:
         if self._device.type == "cuda" and isinstance(cache, KVCache):
             self._streams = _Streams(cache, self._device)
         self.graphs: DecodeGraphs | None = None
+        self._records = record
         if capture is not None and self._table is None:
             self.graphs = DecodeGraphs(
                 self._decode,
@@ -64,6 +69,18 @@ class Runner:
                 capture=capture,
                 lock=nullcontext() if isinstance(cache, PagedKVCache) else cache.pool.lock,
                 plan=plan,
+            )
+        elif record:
+            self.graphs = DecodeGraphs(
+                self._decode,
+                self._layers,
+                most=min(cache.layout.max_num_seqs, MOST_ROWS),
+                bound=cache.layout.max_model_len,
+                capture=CpuCapture(),
+                plan=partial(choose.cpu_plan, table=self._table),
+                exact=True,
+                table=self._table,
+                quiet=True,
             )
 
     @torch.inference_mode()
@@ -76,7 +93,7 @@ class Runner:
         """
         if self._streams is not None:
             self._streams.note()
-        if self.graphs is not None and all(chunk.end - chunk.start == 1 for chunk in chunks) and self._settled:
+        if self.graphs is not None and self._settled and all(chunk.end - chunk.start == 1 for chunk in chunks):
             logits = self.graphs.run(chunks)
             if logits is not None:
                 rows = [row for row, chunk in enumerate(chunks) if chunk.wanted]
@@ -121,6 +138,8 @@ class Runner:
     @property
     def _settled(self) -> bool:
         """Whether the model runs as it will go on to: what is captured before it is compiled stays uncompiled."""
+        if self._records:
+            return self._compiled is not None and self._compiled.ready
         return self._compiled is None or self._compiled.settled
 
     @torch.inference_mode()
@@ -135,7 +154,7 @@ class Runner:
             self._compiled = compile_model(self._model)
         if wait and self._compiled is not None:
             self._compiled.wait()
-        if self.graphs is not None:
+        if self.graphs is not None and self._settled:
             self.graphs.capture_all(slot)
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vattention.attention import recording
+
 Path = tuple[Any, ...]
 """Where a value is in the arguments of a call: an index or a name, and then indices into tuples."""
 
@@ -102,6 +104,7 @@ class Shortcut:
             if filled is not None:
                 result = route.code(*filled)
                 return tuple(result) if route.several else result[0]
+        recording.refuse("a layer is called through the front door")
         return self._door(self._layer, *args, **kwargs)
 
     def watch(self, *args: Any, **kwargs: Any) -> Any:
