@@ -1,117 +1,124 @@
-// A few rows times the weights of linear layers, in bfloat16: what a decode pass consists of.
+// Rows times the weights of linear layers, in bfloat16: a decode pass is a few rows, a prompt some hundred.
 //
-// With few rows a product is as fast as its weights can be read. They are read once, in the order in which they lie in
-// memory, as a model stores them: `[outputs, inputs]`, nothing is packed. Several layers that share their input are one
-// call. Threads share the outputs, 16 at a time; each number is summed in float32, in an order that depends on nothing
-// but the number of inputs.
+// Weights are laid out for this: blocks of 32 outputs, in them pairs of inputs, in a pair the outputs side by side. A
+// pair of a row, in all lanes, times that is 32 sums that go on, so nothing is ever added up across lanes, and every
+// number is summed in float32 in the order of the inputs, whatever the other rows are.
+//
+// Few rows are as fast as weights can be read: each thread reads its share from one end to the other. Many are as fast
+// as products can be computed: blocks of rows stay in the second cache, and a block of outputs in the first.
 //
 // Needs a processor with AVX512-BF16, see pairs.h.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #include "pairs.h"
 
-struct Layer {
-    const uint16_t *weight, *bias;  // [outputs, inputs]; [outputs] or null
-    int64_t outputs, column;        // where its outputs begin in a row of `out`
-};
-
 struct Call {
-    int64_t rows, inputs, x_row, out_row, layers, threads;  // x_row, out_row: numbers from a row to the next
-    const uint16_t* x;
-    uint16_t* out;
-    const Layer* layer;
+    int64_t rows, inputs, outputs, threads;  // inputs: even
+    const uint16_t *x, *packed;              // [rows, inputs]; as `vattention_pack` leaves it
+    const float* bias;                       // [outputs] or null
+    uint16_t* out;                           // [rows, outputs]
 };
 
 #if WORKS
 namespace {
 
-constexpr int OUTPUTS = 16;  // of a task: a vector of results
-constexpr int AHEAD = 6144;  // numbers: weights are asked for 12 KiB before they are used
+constexpr int OUTPUTS = 32;  // of a block: two vectors
+constexpr int ROWS = 14;     // of a tile: with two vectors for each, and those of the weights, what registers hold
+constexpr int BLOCK = 18 * ROWS;
+constexpr int FEW = 32;      // rows up to which reading the weights is what takes time
+constexpr int AHEAD = 4096;  // numbers: weights are asked for 8 KiB before they are used
 
 INLINE __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
-INLINE __m512bh load_some(const uint16_t* p, __mmask32 which) {
-    return (__m512bh)_mm512_maskz_loadu_epi16(which, p);
-}
 
-// M rows of x times 16 rows of weights, R of them at a time; `n` of the 16 exist.
-template <int M, int R>
-INLINE void tile(const Call& c, const Layer& layer, int64_t row, int64_t first, int n) {
-    f32 parts[M][OUTPUTS];
-    const int64_t full = c.inputs / 32 * 32;
-    const __mmask32 rest = (__mmask32(1) << (c.inputs - full)) - 1;
-    const uint16_t* x = c.x + row * c.x_row;
-    for (int r = 0; r < OUTPUTS; r += R) {
-        const uint16_t* w[R];
-        for (int i = 0; i < R; i++) w[i] = layer.weight + (first + std::min(r + i, n - 1)) * c.inputs;
-        __m512 acc[M][R];
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < R; i++) acc[m][i] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < full; k += 32) {
-            __m512bh weight[R];
-            for (int i = 0; i < R; i++) {
-                weight[i] = load(w[i] + k);
-                _mm_prefetch(reinterpret_cast<const char*>(w[i] + k + AHEAD), _MM_HINT_T1);
-            }
-            for (int m = 0; m < M; m++) {
-                const __m512bh y = load(x + m * c.x_row + k);
-                for (int i = 0; i < R; i++) acc[m][i] = _mm512_dpbf16_ps(acc[m][i], y, weight[i]);
-            }
+// M rows of x times a block of outputs, `n` of which exist.
+template <int M>
+INLINE void tile(const Call& c, int64_t row, int64_t block, int n) {
+    const uint16_t* x = c.x + row * c.inputs;
+    const uint16_t* w = c.packed + block * OUTPUTS * c.inputs;
+    __m512 sums[M][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < c.inputs; k += 2, w += 2 * OUTPUTS) {
+        const __m512bh w0 = load(w), w1 = load(w + OUTPUTS);
+        _mm_prefetch(reinterpret_cast<const char*>(w + AHEAD), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w + AHEAD + OUTPUTS), _MM_HINT_T0);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            int pair;
+            std::memcpy(&pair, x + m * c.inputs + k, sizeof pair);
+            const __m512bh y = (__m512bh)_mm512_set1_epi32(pair);
+            sums[m][0] = _mm512_dpbf16_ps(sums[m][0], y, w0);
+            sums[m][1] = _mm512_dpbf16_ps(sums[m][1], y, w1);
         }
-        if (rest)
-            for (int i = 0; i < R; i++) {
-                const __m512bh weight = load_some(w[i] + full, rest);
-                for (int m = 0; m < M; m++)
-                    acc[m][i] = _mm512_dpbf16_ps(acc[m][i], load_some(x + m * c.x_row + full, rest), weight);
-            }
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < R; i++) parts[m][r + i] = (f32)acc[m][i];
     }
-    const __mmask16 which = (1u << n) - 1;
-    __m512 bias = _mm512_setzero_ps();
-    if (layer.bias) {
-        const __m256i bits = _mm256_maskz_loadu_epi16(which, layer.bias + first);
-        bias = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    const int64_t first = block * OUTPUTS;
+    const __mmask32 which = __mmask32((uint64_t(1) << n) - 1);
+    __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    if (c.bias) {
+        bias[0] = _mm512_maskz_loadu_ps(__mmask16(which), c.bias + first);
+        bias[1] = _mm512_maskz_loadu_ps(__mmask16(which >> 16), c.bias + first + 16);
     }
-    for (int m = 0; m < M; m++) {
-        const __m512 y = (__m512)sums(parts[m]) + bias;
-        _mm256_mask_storeu_epi16(c.out + (row + m) * c.out_row + layer.column + first, which, (__m256i)_mm512_cvtneps_pbh(y));
-    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        _mm512_mask_storeu_epi16(c.out + (row + m) * c.outputs + first, which,
+                                 (__m512i)_mm512_cvtne2ps_pbh(sums[m][1] + bias[1], sums[m][0] + bias[0]));
 }
 
-void task(const Call& c, const Layer& layer, int64_t first) {
-    const int n = int(std::min<int64_t>(OUTPUTS, layer.outputs - first));
-    int64_t row = 0;
-    for (; row + 8 <= c.rows; row += 8) tile<8, 2>(c, layer, row, first, n);
-    switch (c.rows - row) {
-        case 1: tile<1, 8>(c, layer, row, first, n); break;
-        case 2: tile<2, 4>(c, layer, row, first, n); break;
-        case 3: tile<3, 4>(c, layer, row, first, n); break;
-        case 4: tile<4, 4>(c, layer, row, first, n); break;
-        case 5: tile<5, 4>(c, layer, row, first, n); break;
-        case 6: tile<6, 4>(c, layer, row, first, n); break;
-        case 7: tile<7, 2>(c, layer, row, first, n); break;
+// Rows from `row` to `end` times a block of outputs.
+void part(const Call& c, int64_t row, int64_t end, int64_t block) {
+    const int n = int(std::min<int64_t>(OUTPUTS, c.outputs - block * OUTPUTS));
+    for (; row + ROWS <= end; row += ROWS) tile<ROWS>(c, row, block, n);
+    switch (end - row) {
+        case 1: tile<1>(c, row, block, n); break;
+        case 2: tile<2>(c, row, block, n); break;
+        case 3: tile<3>(c, row, block, n); break;
+        case 4: tile<4>(c, row, block, n); break;
+        case 5: tile<5>(c, row, block, n); break;
+        case 6: tile<6>(c, row, block, n); break;
+        case 7: tile<7>(c, row, block, n); break;
+        case 8: tile<8>(c, row, block, n); break;
+        case 9: tile<9>(c, row, block, n); break;
+        case 10: tile<10>(c, row, block, n); break;
+        case 11: tile<11>(c, row, block, n); break;
+        case 12: tile<12>(c, row, block, n); break;
+        case 13: tile<13>(c, row, block, n); break;
     }
 }
 
 }  // namespace
-#endif
 
-#if WORKS
-extern "C" void vattention_linear(const Call* call) {
-    const Call& c = *call;
-    int64_t tasks = 0;
-    for (int64_t i = 0; i < c.layers; i++) tasks += (c.layer[i].outputs + OUTPUTS - 1) / OUTPUTS;
-#pragma omp parallel for num_threads(int(c.threads)) schedule(static)
-    for (int64_t number = 0; number < tasks; number++) {
-        const Layer* layer = c.layer;
-        int64_t first = number * OUTPUTS;
-        for (; first >= layer->outputs; layer++) first -= (layer->outputs + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
-        task(c, *layer, first);
+extern "C" {
+
+// `weight` [outputs, inputs] into `packed`, which has room for outputs rounded up to 32: those behind are zero.
+void vattention_pack(const uint16_t* weight, uint16_t* packed, int64_t outputs, int64_t inputs, int64_t threads) {
+    const int64_t blocks = (outputs + OUTPUTS - 1) / OUTPUTS;
+#pragma omp parallel for num_threads(int(threads))
+    for (int64_t block = 0; block < blocks; block++) {
+        uint16_t* to = packed + block * OUTPUTS * inputs;
+        for (int64_t i = 0; i < OUTPUTS * inputs; i++) {
+            const int64_t output = block * OUTPUTS + i % (2 * OUTPUTS) / 2, input = i / (2 * OUTPUTS) * 2 + i % 2;
+            to[i] = output < outputs ? weight[output * inputs + input] : 0;
+        }
     }
+}
+
+void vattention_linear(const Call* call) {
+    const Call& c = *call;
+    const int64_t blocks = (c.outputs + OUTPUTS - 1) / OUTPUTS;
+    if (c.rows <= FEW) {
+#pragma omp parallel for num_threads(int(c.threads)) schedule(static)
+        for (int64_t block = 0; block < blocks; block++) part(c, 0, c.rows, block);
+        return;
+    }
+    const int64_t parts = (c.rows + BLOCK - 1) / BLOCK;
+    const int64_t height = (c.rows + parts * ROWS - 1) / (parts * ROWS) * ROWS;  // whole tiles, all parts alike
+#pragma omp parallel for num_threads(int(c.threads)) schedule(dynamic)
+    for (int64_t task = 0; task < parts * blocks; task++) {
+        const int64_t row = task / blocks * height;
+        part(c, row, std::min(c.rows, row + height), task % blocks);
+    }
+}
 }
 #endif

@@ -1,11 +1,11 @@
 """Linear layers in a compiled graph: those that share an input become one, by the fastest product there is.
 
 A pass over the graph of torch.compile, before inductor sees it. One wide product beats three narrow ones: q, k and v,
-or gate and up. A few rows are left to `engine.cpu_linear`, which takes the weights as they are; more to oneDNN, which
-multiplies considerably faster by weights that it has laid out for itself. That copy is made when it is first needed,
-and an attribute of the first weight of each group: it lives as long as the weights do.
+or gate and up. The product is that of `engine.cpu_linear`, or of oneDNN where that cannot be had: both multiply
+considerably faster by weights that they have laid out for themselves. That copy is made when it is first needed, and an
+attribute of the first weight of each group: it lives as long as the weights do.
 
-Only bfloat16 and float16: there oneDNN's packed product rounds as torch's own does, once, from float32 sums. float32
+Only bfloat16 and float16: there a packed product rounds as torch's own does, once, from float32 sums. float32
 is left to torch, whose results the tests compare to.
 """
 
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from vattention.engine import cpu_linear
+from vattention.engine.cpu_linear import Linear
 from vattention.engine.kept import Kept
 
 _PACKED = "vattention_packed"
 _HINT = 64
-"""Rows that weights are laid out for."""
+"""Rows that oneDNN lays weights out for."""
 
 _library = torch.library.Library("vattention", "FRAGMENT")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
@@ -79,17 +80,28 @@ def run(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch
 
 
 def _multiply(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
-    few = cpu_linear.linear(x, weights, biases)
-    if few is not None:
-        return few
+    # This comes a hundred times between two tokens: what is known of the layers is not asked again.
     kept: Kept | None = getattr(weights[0], _PACKED, None)
-    if kept is None:
+    addresses = [weight.data_ptr() for weight in weights]
+    if kept is None or kept.value[0] != addresses:
         joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         bias = torch.cat(list(biases)) if biases else None
-        kept = Kept((torch.ops.mkldnn._reorder_linear_weight(joined.contiguous(), _HINT), bias))
+        kept = Kept((addresses, Linear(joined, bias) if cpu_linear.can(joined) else _OneDnn(joined, bias)))
         setattr(weights[0], _PACKED, kept)
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, *kept.value, "none", [], "")
+    out: torch.Tensor = kept.value[1](x)
     return out
+
+
+class _OneDnn:
+    """A linear layer by oneDNN, its weights packed."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _HINT)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
 
 
 _library.impl("linears", run, "CPU")
