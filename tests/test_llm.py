@@ -314,7 +314,7 @@ def test_a_line_at_start_about_memory_and_one_about_the_layout(
 ) -> None:
     with LLM(tiny, max_num_seqs=4, kv_cache_memory="4MiB", max_model_len=128) as llm:
         capacity = llm.engine._cache.capacity()
-        assert (llm.layout.name, llm.layout.page_size) == ("token-major", llm.engine._cache.pool.page_size)
+        assert (llm.layout.layout.name, llm.layout.page_size) == ("token-major", llm.engine._cache.pool.page_size)
         chosen = str(llm.layout)
     out, err = capsys.readouterr()
     assert out == ""

@@ -4,8 +4,9 @@
 // pair of a row, in all lanes, times that is 32 sums that go on, so nothing is ever added up across lanes, and every
 // number is summed in float32 in the order of the inputs, whatever the other rows are.
 //
-// Few rows are as fast as weights can be read: each thread reads its share from one end to the other. Many are as fast
-// as products can be computed: blocks of rows stay in the second cache, and a block of outputs in the first.
+// Few rows are as fast as weights can be read: each thread reads its share from one end to the other, and asks for it in
+// that very order some time before: a line here and a line there come a fifth slower. Many are as fast as products can
+// be computed: blocks of rows stay in the second cache, and a block of outputs in the first.
 //
 // Needs a processor with AVX512-BF16, see pairs.h.
 
@@ -29,21 +30,24 @@ constexpr int ROWS = 14;     // of a tile: with two vectors for each, and those 
 constexpr int BLOCK = 18 * ROWS;
 constexpr int FEW = 32;      // rows up to which reading the weights is what takes time
 constexpr int AHEAD = 4096;  // numbers: weights are asked for 8 KiB before they are used
+constexpr int FITS = 1 << 17;  // numbers of a block of outputs that fits into the second cache, with its successor
 
 INLINE __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-// M rows of x times a block of outputs, `n` of which exist.
+INLINE void ask(const uint16_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+// M rows of x times a block of outputs, `n` of which exist. Meanwhile `soon` is asked for, `step` numbers for each pair.
 template <int M>
-INLINE void tile(const Call& c, int64_t row, int64_t block, int n) {
+INLINE void tile(const Call& c, int64_t row, int64_t block, int n, const uint16_t* soon, int64_t step) {
     const uint16_t* x = c.x + row * c.inputs;
     const uint16_t* w = c.packed + block * OUTPUTS * c.inputs;
     __m512 sums[M][2];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < c.inputs; k += 2, w += 2 * OUTPUTS) {
+    for (int64_t k = 0; k < c.inputs; k += 2, w += 2 * OUTPUTS, soon += step) {
         const __m512bh w0 = load(w), w1 = load(w + OUTPUTS);
-        _mm_prefetch(reinterpret_cast<const char*>(w + AHEAD), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + AHEAD + OUTPUTS), _MM_HINT_T0);
+        ask(soon);
+        if (step > OUTPUTS) ask(soon + OUTPUTS);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             int pair;
@@ -66,24 +70,31 @@ INLINE void tile(const Call& c, int64_t row, int64_t block, int n) {
                                  (__m512i)_mm512_cvtne2ps_pbh(sums[m][1] + bias[1], sums[m][0] + bias[0]));
 }
 
-// Rows from `row` to `end` times a block of outputs.
+// Rows from `row` to `end` times a block of outputs, in tiles that are as high as each other. If a few rows are more than
+// a tile, the block is read again from the caches, and the first two tiles ask for one half each of the next.
 void part(const Call& c, int64_t row, int64_t end, int64_t block) {
     const int n = int(std::min<int64_t>(OUTPUTS, c.outputs - block * OUTPUTS));
-    for (; row + ROWS <= end; row += ROWS) tile<ROWS>(c, row, block, n);
-    switch (end - row) {
-        case 1: tile<1>(c, row, block, n); break;
-        case 2: tile<2>(c, row, block, n); break;
-        case 3: tile<3>(c, row, block, n); break;
-        case 4: tile<4>(c, row, block, n); break;
-        case 5: tile<5>(c, row, block, n); break;
-        case 6: tile<6>(c, row, block, n); break;
-        case 7: tile<7>(c, row, block, n); break;
-        case 8: tile<8>(c, row, block, n); break;
-        case 9: tile<9>(c, row, block, n); break;
-        case 10: tile<10>(c, row, block, n); break;
-        case 11: tile<11>(c, row, block, n); break;
-        case 12: tile<12>(c, row, block, n); break;
-        case 13: tile<13>(c, row, block, n); break;
+    const int64_t size = OUTPUTS * c.inputs, tiles = (end - row + ROWS - 1) / ROWS;
+    const bool whole = tiles > 1 && c.rows <= FEW && size <= FITS;
+    for (int64_t i = 0, m; i < tiles; i++, row += m) {
+        const uint16_t* soon = c.packed + block * size + (whole ? size + i * size / 2 : AHEAD);
+        const int64_t step = !whole ? 2 * OUTPUTS : i < 2 ? OUTPUTS : 0;
+        switch (m = (end - row) / (tiles - i)) {
+            case 1: tile<1>(c, row, block, n, soon, step); break;
+            case 2: tile<2>(c, row, block, n, soon, step); break;
+            case 3: tile<3>(c, row, block, n, soon, step); break;
+            case 4: tile<4>(c, row, block, n, soon, step); break;
+            case 5: tile<5>(c, row, block, n, soon, step); break;
+            case 6: tile<6>(c, row, block, n, soon, step); break;
+            case 7: tile<7>(c, row, block, n, soon, step); break;
+            case 8: tile<8>(c, row, block, n, soon, step); break;
+            case 9: tile<9>(c, row, block, n, soon, step); break;
+            case 10: tile<10>(c, row, block, n, soon, step); break;
+            case 11: tile<11>(c, row, block, n, soon, step); break;
+            case 12: tile<12>(c, row, block, n, soon, step); break;
+            case 13: tile<13>(c, row, block, n, soon, step); break;
+            case 14: tile<14>(c, row, block, n, soon, step); break;
+        }
     }
 }
 

@@ -235,7 +235,7 @@ class Scheduler:
         if self.running and not self._has_room(request):
             return False
         try:
-            slot = self._cache.alloc(tokens=request.num_tokens)
+            slot = self._cache.alloc(tokens=self._longest(request))  # to keep what it would map again
         except DriverError as error:
             if request.suspect or not self.running:
                 self.fail(request, error)
