@@ -33,7 +33,7 @@ from vattention.memory.sizes import format_size, parse_size
 _DEFAULT_SEQS = 16
 """Requests computed at once."""
 
-_DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 2048}
+_DEFAULT_BATCHED_TOKENS = 2048
 """Rows of a pass: enough to keep matrix products efficient, few enough that decodes are not held up long."""
 
 _DEFAULT_MEMORY_SHARE = 2
@@ -140,7 +140,7 @@ def open_engine(
             max_num_seqs = _DEFAULT_SEQS if rows is None else min(_DEFAULT_SEQS, rows)
         max_num_seqs = whole("max_num_seqs", max_num_seqs, at_least=1)
         if rows is None:
-            rows = max(_DEFAULT_BATCHED_TOKENS[place.type], max_num_seqs)
+            rows = max(_DEFAULT_BATCHED_TOKENS, max_num_seqs)
     budget = None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
     page = None if page_size is None else parse_size(page_size, "page_size")
 
