@@ -3,7 +3,7 @@
 The parts of an engine's pass are timed by the clock, from the outside: by wrapping the functions they go through. What
 a decode pass cannot be faster than is the time it takes to read its bytes, weights and K and V; what a pass of prompts
 cannot be faster than is its arithmetic at the rate of a large product of matrices. Both rates are measured in the same
-run, between passes.
+run, between passes. In a pass that was recorded every call is timed by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from vattention.attention.base import AttentionBatch
 from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.table import table
-from vattention.engine import compiled, linears
+from vattention.engine import compiled, cpu_graphs, linears
 from vattention.engine.sampling_params import SamplingParams
 from vattention.errors import ConfigError
 from vattention.llm import LLM
@@ -207,6 +207,7 @@ class _Clock:
     @contextmanager
     def watching(self, llm: LLM) -> Iterator[dict[str, float]]:
         """The seconds of each part until the end."""
+        recorded: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
         spent = dict.fromkeys((*_PARTS, "layers", "model", "linears"), 0.0)
         model: Any = llm.model
         head = model.get_output_embeddings()
@@ -228,6 +229,8 @@ class _Clock:
                 stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
 
             watch(runner, "_logits", "model")
+            replay = mock.patch.object(cpu_graphs.Program, "__call__", lambda program: _replay(program, recorded))
+            stack.enter_context(replay)
             watch(AttentionBatch, "compute", "attention")
             watch(linears, "_multiply", "linears")
             for layer in compiled.decoder_layers(model):
@@ -240,6 +243,23 @@ class _Clock:
         spent["linear layers"] = max(0.0, spent["linears"] - (spent["output layer"] if apart else 0))
         spent["rest of the layers"] = spent["layers"] - spent["attention"] - spent["linear layers"]
         spent["rest of the model"] = spent["model"] - spent["layers"] - spent["output layer"]
+        for part, seconds in recorded.items():
+            spent[part] += seconds
+
+
+def _replay(program: cpu_graphs.Program, spent: dict[str, float]) -> None:
+    """A recorded pass. What is before the first function that was generated, and after the last, is not in layers."""
+    calls = list(program.timed())
+    generated = [index for index, (name, _) in enumerate(calls) if name.startswith("cpp_")]
+    for index, (name, seconds) in enumerate(calls):
+        inside = bool(generated) and generated[0] <= index <= generated[-1]
+        if name in ("vattention_decode", "vattention_write"):
+            part = "attention"
+        elif not name.startswith("cpp_") and any(word in name for word in ("linear", "mm")):
+            part = "linear layers" if inside else "output layer"
+        else:
+            part = "rest of the layers" if inside else "rest of the model"
+        spent[part] += seconds
 
 
 def _result(
