@@ -45,9 +45,11 @@ class LLM:
         enable_prefix_caching: not built yet.
         compile: compile the model's layers, which takes the processors for some seconds; passes are faster from then
             on. True: in the background, from the start. None, the default: on a CPU, when `warmup` is called. Where it
-            is not possible there is one warning. With cuda_graphs opening waits for it.
+            is not possible there is one warning. With cuda_graphs opening waits for it. On a CPU weights in bfloat16
+            and float16 are copied for it, into another order, if that takes at most half of the memory left.
         cuda_graphs: of a GPU: capture passes of decodes into CUDA graphs when opening, which takes seconds; on unless
-            False. Where that is not possible there is one warning. Tokens are the same with and without.
+            False. Where that is not possible there is one warning. On a CPU False keeps compiled decode passes from
+            being recorded and replayed. Tokens are the same with and without.
         memory_utilization: share of a GPU's memory that is in use when the cache is full, 0.9 by default: weights,
             graphs, the largest pass and whatever else is there count. Not with kv_cache_memory.
         seed: of requests whose `SamplingParams` have none; 0.

@@ -259,3 +259,18 @@ def test_a_model_that_has_run_compiled_can_be_pickled() -> None:
         assert len(tokens(llm)) == len(expected)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, again.get_parameter(name))
+
+
+@needs_compiler
+@pytest.mark.skipif(not linears.can_pack(torch.zeros(1, dtype=torch.bfloat16)), reason="no bfloat16 in oneDNN")
+def test_without_memory_for_packed_weights_nothing_is_packed_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama").bfloat16()
+    weights = sum(part.weight.nbytes for part in model.modules() if isinstance(part, torch.nn.Linear))
+    monkeypatch.setattr(linears, "memory_headroom", lambda: 2 * weights - 1)
+    with LLM(loaded(model), dtype="bfloat16", compile=True, **OPTIONS) as llm:
+        with pytest.warns(RuntimeWarning, match="linear layers run from the weights as they are"):
+            llm.warmup()
+        tokens(llm)  # any other warning is an error
+    assert not any(hasattr(weight, linears._PACKED) for weight in model.parameters())
+    monkeypatch.setattr(linears, "memory_headroom", lambda: 2 * weights)
+    assert linears.has_room(model)

@@ -29,7 +29,7 @@ from torch import nn
 
 from vattention.attention import native, operator
 from vattention.attention.base import LAYER, NAME, Batch
-from vattention.engine.linears import can_pack, merge_linears, run_packed
+from vattention.engine.linears import can_pack, has_room, merge_linears, run_packed
 from vattention.engine.shortcut import Shortcut, watchable
 
 _ROWS = (8, 1)
@@ -48,6 +48,7 @@ class CompiledModel:
 
     def __init__(self, model: nn.Module) -> None:
         self._failure: BaseException | None = None
+        self._packs = True
         self._warned = False
         self._ours = threading.local()  # whether this thread is in a pass of ours
         # Not a daemon: the interpreter must not be taken away under a compiler.
@@ -63,7 +64,7 @@ class CompiledModel:
             if self._thread.is_alive():
                 return False
             self._thread = None
-        if self._failure is not None and not self._warned:
+        if not self._warned and (self._failure is not None or not self._packs):
             self._warned = True
             _warn(self._failure)
         return self._failure is None
@@ -121,12 +122,13 @@ class CompiledModel:
             layers = decoder_layers(model)
             for part in (part for layer in layers for part in _attentions(layer)):
                 setattr(part, LAYER, torch.tensor(part.layer_idx))
-            run = _compile()
+            self._packs = device.type != "cpu" or has_room(model)
+            run = _compile(pack=self._packs)
             shortcuts = [Shortcut(layer, run) for layer in layers]
             for layer in layers:
                 self._divert(layer, functools.partial(run, layer))
             head = model.get_output_embeddings()  # type: ignore[operator]
-            if type(head) is nn.Linear and can_pack(head.weight):
+            if self._packs and type(head) is nn.Linear and can_pack(head.weight):
                 self._divert(head, functools.partial(run_packed, head))
 
             def go(passes: Sequence[int]) -> None:
@@ -180,7 +182,15 @@ def _attentions(module: nn.Module) -> Iterator[nn.Module]:
     return (part for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int))
 
 
-def _warn(error: BaseException) -> None:
+def _warn(error: BaseException | None) -> None:
+    if error is None:
+        warnings.warn(
+            "linear layers run from the weights as they are, slower: packed copies would take more than half of the"
+            " memory that is left",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
     if isinstance(error, FileNotFoundError):
         native.warn(error)
         return
@@ -192,8 +202,8 @@ def _warn(error: BaseException) -> None:
     )
 
 
-def _compile() -> Callable[..., Any]:
-    """A function that calls a layer, compiled; with graphs of its own."""
+def _compile(*, pack: bool) -> Callable[..., Any]:
+    """A function that calls a layer, compiled; with graphs of its own. `pack` its linear layers, see `linears`."""
 
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return layer._call_impl(*args, **kwargs)
@@ -201,7 +211,8 @@ def _compile() -> Callable[..., Any]:
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx  # takes seconds to import
 
-        merge_linears(graph)
+        if pack:
+            merge_linears(graph)
         # The shapes that our operators promise are tested; to check them again takes as long as some of the arithmetic.
         code: Any = compile_fx(graph, inputs, config_patches={"size_asserts": False})
         return watchable(code)

@@ -21,6 +21,7 @@ import torch
 from vattention.engine import cpu_linear
 from vattention.engine.cpu_linear import Linear
 from vattention.engine.kept import Kept
+from vattention.memory.limits import memory_headroom
 
 _PACKED = "vattention_packed"
 _HINT = 64
@@ -38,6 +39,13 @@ def can_pack(weight: torch.Tensor) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def has_room(model: torch.nn.Module) -> bool:
+    """Whether there is memory for packed copies of a model's linear layers: they may take half of what is left."""
+    weights = [part.weight for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    left = memory_headroom()
+    return left is None or sum(weight.nbytes for weight in weights if can_pack(weight)) <= left // 2
 
 
 def run_packed(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
