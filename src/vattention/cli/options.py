@@ -91,7 +91,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, metavar="N", help="tokens of a block with --cache paged (16)")
     add("--enable-prefix-caching", action=switch, help="keep the K and V of beginnings that requests share (not built)")
     add("--compile", action=switch, help="compile the model in the background (where much is generated)")
-    add("--cuda-graphs", action=switch, help="of a GPU: replay decode passes from captured graphs (on)")
+    add("--cuda-graphs", action=switch, help="replay decode passes from captured graphs; on a CPU once compiled (on)")
     add("--attention-kernel", metavar="NAME", help="flash, flex, flashinfer, ... instead of the fastest (auto)")
 
 
