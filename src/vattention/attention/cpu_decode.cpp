@@ -347,12 +347,56 @@ INLINE void weigh(const T* v, const int64_t* at, int n, int rest, const float* w
         for (int u = 0; u < 2 * U; u++) weighted[g * stride + u] = acc[g][u];
 }
 
+#if defined(__AVX512BF16__)
+// The same where PAIRS, two rows at a time: weights are rounded to bfloat16, as those of `exponentials` are.
+template <int G, int U>
+INLINE void weigh_pairs(const T* v, const int64_t* at, int n, const uint16_t* weights, f32* weighted, int64_t stride,
+                        const Ahead* ahead) {
+    __m512 acc[G][2 * U];
+    for (int g = 0; g < G; g++)
+        for (int u = 0; u < 2 * U; u++) acc[g][u] = (__m512)weighted[g * stride + u];
+    for (int i = 0; i < n; i += 2) {
+        if (ahead) ahead->fetch(i), ahead->fetch(i + 1);
+        const T *one = v + at[i], *two = v + at[std::min(i + 1, n - 1)];  // without another, its weight is 0
+        __m512bh pair[G];
+        for (int g = 0; g < G; g++) {
+            int32_t both;
+            std::memcpy(&both, weights + g * BLOCK + i, sizeof both);
+            pair[g] = (__m512bh)_mm512_set1_epi32(both);
+        }
+        for (int u = 0; u < U; u++) {
+            const __m512i x = _mm512_loadu_si512(one + u * UNIT), y = _mm512_loadu_si512(two + u * UNIT);
+            const __m512bh even = (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, x, _mm512_slli_epi32(y, 16));
+            const __m512bh odd = (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x, 16), y);
+            for (int g = 0; g < G; g++) {
+                acc[g][2 * u] = _mm512_dpbf16_ps(acc[g][2 * u], even, pair[g]);
+                acc[g][2 * u + 1] = _mm512_dpbf16_ps(acc[g][2 * u + 1], odd, pair[g]);
+            }
+        }
+    }
+    for (int g = 0; g < G; g++)
+        for (int u = 0; u < 2 * U; u++) weighted[g * stride + u] = (f32)acc[g][u];
+}
+
+// e^(x - top) of some vectors of scores, rounded to bfloat16; returns the sums of what they were rounded to, by lanes.
+INLINE f32 exponentials(const f32* scores, int vectors, float top, uint16_t* out) {
+    f32 total = {};
+    for (int i = 0; i < vectors; i++) {
+        const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)exponential(scores[i] - top));
+        std::memcpy(out + 16 * i, &bits, sizeof bits);
+        total += (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    }
+    return total;
+}
+#endif
+
 // One block of one KV head, for G of the query heads of a row, the first of which is `head`. `packed`: all of the row,
 // scaled, unless PAIRS.
 template <int G>
 void attend(const Call& c, const Block& block, const T* k, const T* v, const T* row, const f32* packed, int64_t head,
             const Sums& sums, const Ahead& k_ahead, const Ahead& v_ahead) {
     float scores[G * BLOCK] __attribute__((aligned(64)));
+    [[maybe_unused]] uint16_t pairs[PAIRS ? G * BLOCK : 1];
     const int vectors = std::min((block.n + 15) / 16, BLOCK / 16);
     for (int i = 0; i < vectors; i++)
 #if defined(__AVX512BF16__)
@@ -381,10 +425,24 @@ void attend(const Call& c, const Block& block, const T* k, const T* v, const T* 
             sums.total[head + g] *= shrink;
             sums.top[head + g] = now;
         }
+#if defined(__AVX512BF16__)
+        if constexpr (PAIRS) {
+            sums.total[head + g] += exponentials(s, vectors, now, pairs + g * BLOCK);
+            continue;
+        }
+#endif
         f32 total = {};
         for (int i = 0; i < vectors; i++) total += s[i] = exponential(s[i] - now);
         sums.total[head + g] += total;
     }
+#if defined(__AVX512BF16__)
+    if constexpr (PAIRS) {
+        for (int64_t u = 0; u < W; u += 2)
+            weigh_pairs<G, 2>(v + u * UNIT, block.v, block.n, pairs, sums.weighted + head * sums.width + 2 * u, sums.width,
+                              u ? nullptr : &v_ahead);
+        return;
+    }
+#endif
     const int64_t full = W ? W : c.v_width / UNIT;
     const int rest = W ? 0 : int(c.v_width % UNIT);
     f32* weighted = sums.weighted + head * sums.width;
