@@ -7,7 +7,8 @@
 // on the request alone, so its result does not depend on what else is in the batch, nor on the number of threads.
 //
 // Everything is computed in float32, whatever the numbers are stored as; where the processor sums products of bfloat16
-// in float32 by itself, it does. Nothing is read at or past a request's length.
+// in float32 by itself, it does, with the weights of V rounded to bfloat16. Nothing is read at or past a request's
+// length.
 // The loops are written with the vector extensions of GCC and clang, 16 floats at a time, which the compiler splits for
 // machines with narrower registers.
 //
@@ -438,8 +439,8 @@ void attend(const Call& c, const Block& block, const T* k, const T* v, const T* 
 #if defined(__AVX512BF16__)
     if constexpr (PAIRS) {
         for (int64_t u = 0; u < W; u += 2)
-            weigh_pairs<G, 2>(v + u * UNIT, block.v, block.n, pairs, sums.weighted + head * sums.width + 2 * u, sums.width,
-                              u ? nullptr : &v_ahead);
+            weigh_pairs<G, 2>(v + u * UNIT, block.v, block.n, pairs, sums.weighted + head * sums.width + 2 * u,
+                              sums.width, u ? nullptr : &v_ahead);
         return;
     }
 #endif
