@@ -492,7 +492,9 @@ def test_compiled_layers_are_what_is_captured(monkeypatch: pytest.MonkeyPatch) -
     go = threading.Event()
     prepare = compiled.CompiledModel._prepare
     monkeypatch.setattr(compiled.CompiledModel, "_prepare", lambda self, model: go.wait(60) and prepare(self, model))
-    monkeypatch.setattr(compiled, "_compile", lambda: lambda layer, *args, **kwargs: layer._call_impl(*args, **kwargs))
+    monkeypatch.setattr(
+        compiled, "_compile", lambda **_: lambda layer, *args, **kwargs: layer._call_impl(*args, **kwargs)
+    )
     model = loaded(tiny_model())
     expected = all_tokens(run(engine_for(model, **PAGES), prompts_of(5, 40, 7), GREEDY))
     engine = graphed(model, _again, compile=True)
