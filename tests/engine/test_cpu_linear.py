@@ -93,13 +93,15 @@ def test_what_it_computes(weight: torch.Tensor, accepted: bool) -> None:
     assert cpu_linear.can(weight) == accepted
 
 
-def test_weights_that_have_moved_are_found_again() -> None:
-    first, second = (layer(64, n, bias=False)[0] for n in (32, 16))
+@pytest.mark.parametrize("moved", ["weight", "bias"])
+def test_weights_and_biases_that_have_moved_are_found_again(moved: str) -> None:
+    weights, biases = zip(*(layer(64, n, bias=True) for n in (32, 16)), strict=True)
     x = torch.randn(1, 3, 64).to(BF16)
-    torch.ops.vattention.linears(x, [first, second], [])
-    second.data = torch.randn(16, 64).to(BF16)
-    out = torch.ops.vattention.linears(x, [first, second], [])
-    check(out, x, torch.cat((first, second)), None)
+    torch.ops.vattention.linears(x, weights, biases)
+    tensor = (weights if moved == "weight" else biases)[1]
+    tensor.data = torch.randn(tensor.shape).to(BF16)
+    out = torch.ops.vattention.linears(x, weights, biases)
+    check(out, x, torch.cat(weights), torch.cat(biases))
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bfloat16", "float16"])

@@ -90,7 +90,7 @@ def run(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch
 def _multiply(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
     # This comes a hundred times between two tokens: what is known of the layers is not asked again.
     kept: Kept | None = getattr(weights[0], _PACKED, None)
-    addresses = [weight.data_ptr() for weight in weights]
+    addresses = [tensor.data_ptr() for tensor in (*weights, *biases)]
     if kept is None or kept.value[0] != addresses:
         joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         bias = torch.cat(list(biases)) if biases else None
