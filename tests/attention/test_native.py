@@ -10,20 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.compiler import has_compiler, needs_compiler
 from vattention.attention import choose, cpu_decode, native
 from vattention.attention.base import Features, Segment
 
 ANSWER = 'extern "C" int answer() { return NUMBER; }\n'
-
-
-def has_compiler() -> bool:
-    try:
-        return bool(native.find_compiler())
-    except FileNotFoundError:
-        return False
-
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture

@@ -12,20 +12,12 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
+from support.compiler import needs_compiler
 from support.models import greedy, loaded, prompts_of, relative_error, tiny_model
 from vattention import LLM, SamplingParams
 from vattention.attention import native
 from vattention.engine import compiled, linears
 
-
-def _has_compiler() -> bool:
-    try:
-        return bool(native.find_compiler())
-    except FileNotFoundError:
-        return False
-
-
-needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler")
 PROMPTS = prompts_of(1, 7, 40, 90)
 PARAMS = SamplingParams(temperature=0, max_tokens=10)
 OPTIONS: dict[str, Any] = {"kv_cache_memory": "64MiB", "max_model_len": 128, "max_num_batched_tokens": 64}

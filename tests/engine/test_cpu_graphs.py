@@ -11,28 +11,22 @@ from typing import Any
 import pytest
 import torch
 
+from support.compiler import needs_compiler
+from support.graphs import all_tokens, decodes, graphs_of
 from support.models import engine_for, loaded, prompts_of, run, tiny_model
 from vattention import LLM, SamplingParams
-from vattention.attention import native, recording
+from vattention.attention import recording
 from vattention.attention.base import Features
 from vattention.cache import KVCache
 from vattention.engine import cpu_graphs
 from vattention.engine.compiled import compile_model
 from vattention.engine.cpu_graphs import MOST_ROWS, CannotRecord, CpuCapture, _Memory
 from vattention.engine.engine import Engine
-from vattention.engine.graphs import Captured, DecodeGraphs
+from vattention.engine.graphs import Captured
 from vattention.engine.loading import LoadedModel
 from vattention.engine.runner import Runner
 
-
-def _has_compiler() -> bool:
-    try:
-        return bool(native.find_compiler())
-    except FileNotFoundError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler")
+pytestmark = needs_compiler
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PAGES: dict[str, Any] = {"page_size": "4KiB", "poison": True, "guard": True}
 """Small pages, so that requests of some hundred tokens grow over many; what is past the lengths is NaN."""
@@ -71,24 +65,9 @@ def recorded(model: LoadedModel, *, record: bool = True, **options: Any) -> Engi
     return engine
 
 
-def graphs_of(engine: Engine) -> DecodeGraphs:
-    runner: Any = engine._runner
-    return runner.runner.graphs
-
-
 def replays(engine: Engine) -> int:
     capture: Any = graphs_of(engine)._capture
     return capture.replays
-
-
-def decodes(engine: Engine) -> int:
-    """Passes in which every request had one row."""
-    runner: Any = engine._runner
-    return sum(all(end - start == 1 for _, start, end in chunks) for chunks in runner.passes)
-
-
-def all_tokens(requests: Any) -> list[tuple[int, ...]]:
-    return [tuple(sample.output_token_ids) for request in requests for sample in request.family]
 
 
 def both(model: LoadedModel, act: Callable[[Engine], Any], **options: Any) -> tuple[Any, Any, Engine]:

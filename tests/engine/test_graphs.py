@@ -19,7 +19,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from support.flash import FlashOnACPU
-from support.graphs import CannotBeCaptured, CaptureOnACPU, plan_on_a_cpu
+from support.graphs import CannotBeCaptured, CaptureOnACPU, all_tokens, decodes, graphs_of, plan_on_a_cpu
 from support.models import engine_for, loaded, prompts_of, run, tiny_model
 from vattention import SamplingParams
 from vattention.attention.base import Features
@@ -30,7 +30,7 @@ from vattention.cache import KVCache, PagedKVCache
 from vattention.engine import compiled
 from vattention.engine.architectures import ACCEPTED
 from vattention.engine.engine import Engine
-from vattention.engine.graphs import MOST_ROWS, Captured, CudaCapture, DecodeGraphs, buckets
+from vattention.engine.graphs import MOST_ROWS, Captured, CudaCapture, buckets
 from vattention.engine.loading import LoadedModel
 from vattention.engine.runner import Runner, _Streams
 from vattention.errors import InvalidRequest
@@ -63,11 +63,6 @@ def graphed(model: LoadedModel, capture: Any | None = None, *, compile: bool = F
     return engine
 
 
-def graphs_of(engine: Engine) -> DecodeGraphs:
-    runner: Any = engine._runner
-    return runner.runner.graphs
-
-
 def recordings(engine: Engine) -> list[Any]:
     capture: Any = graphs_of(engine)._capture
     return capture.recordings
@@ -75,16 +70,6 @@ def recordings(engine: Engine) -> list[Any]:
 
 def replays(engine: Engine) -> int:
     return sum(recording.replays for recording in recordings(engine))
-
-
-def decodes(engine: Engine) -> int:
-    """Passes in which every request had one row."""
-    runner: Any = engine._runner
-    return sum(all(end - start == 1 for _, start, end in chunks) for chunks in runner.passes)
-
-
-def all_tokens(requests: Any) -> list[tuple[int, ...]]:
-    return [tuple(sample.output_token_ids) for request in requests for sample in request.family]
 
 
 def both(model: LoadedModel, act: Callable[[Engine], Any], **options: Any) -> tuple[Any, Any, Engine]:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from vattention.attention.base import Features
 from vattention.attention.decode_plan import DecodePlan, DecodeRows
-from vattention.engine.graphs import Captured
+from vattention.engine.engine import Engine
+from vattention.engine.graphs import Captured, DecodeGraphs
 
 _ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "repeat_interleave.Tensor")
 
@@ -197,3 +198,21 @@ def plan_on_a_cpu(rows: int, *, bound: int, dtype: torch.dtype, device: torch.de
         )
 
     return DecodePlan(numbers, attend)
+
+
+def graphs_of(engine: Engine) -> DecodeGraphs:
+    """Those of an engine whose recorder has a runner with graphs in it."""
+    runner: Any = engine._runner
+    graphs: DecodeGraphs = runner.runner.graphs
+    return graphs
+
+
+def decodes(engine: Engine) -> int:
+    """Passes in which every request had one row."""
+    runner: Any = engine._runner
+    return sum(all(end - start == 1 for _, start, end in chunks) for chunks in runner.passes)
+
+
+def all_tokens(requests: Any) -> list[tuple[int, ...]]:
+    """What every sample of the requests has generated."""
+    return [tuple(sample.output_token_ids) for request in requests for sample in request.family]
