@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-_LINE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ \d+ *(.*)$", re.MULTILINE)
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ \d+ *(.*)")
 
 
 class Mapping(NamedTuple):
@@ -32,13 +33,24 @@ def read_maps() -> str:
 
 def mappings(address: int, size: int, maps: str | None = None) -> list[Mapping]:
     """The mappings that overlap [address, address + size), in order, cut to it."""
+    lines = (read_maps() if maps is None else maps).splitlines()
     found = []
-    for match in _LINE.finditer(read_maps() if maps is None else maps):
+    # In the order of addresses, and thousands: most are never looked at.
+    first = bisect_right(lines, address, key=_start) - 1
+    for line in lines[max(0, first) :]:
+        if _start(line) >= address + size:
+            break
+        match = _LINE.fullmatch(line)
+        assert match, line
         start, end = int(match[1], 16), int(match[2], 16)
-        if start < address + size and address < end:
+        if address < end:
             offset = int(match[4], 16) + max(0, address - start)
             found.append(Mapping(max(start, address), min(end, address + size), match[3], offset, match[5]))
     return found
+
+
+def _start(line: str) -> int:
+    return int(line[: line.index("-")], 16)
 
 
 def page_table(
