@@ -88,7 +88,7 @@ class Room:
 
     def capacity(self) -> int:
         """Tokens that fit at once when nothing else is held, filling one slot after another to max_model_len."""
-        pages = self._pool.budget
+        pages = self._pool.budget - (self._backing.zeros is not None)
         mappings = self._pool.driver.mappings.limit
         longest = self._backing.layout.max_model_len
         full = self._backing.plan_new(longest)
