@@ -312,6 +312,9 @@ def give_up(world: World, action: Action, before: list[dict[int, int]]) -> None:
     """The driver does not work until the end, and the script goes on as well as it can."""
 
 
+AFTER_FAILURE = (once_more, stubborn, give_up)
+
+
 def meddle(world: World) -> None:
     """Calls that change nothing the script relies on, whether they succeed or not."""
     for mirror in world.mirrors:
@@ -356,7 +359,10 @@ KINDS: dict[str, tuple[bool, Callable[[], Any], list[Action]]] = {
 if EMULATED:
     KINDS["CUDA's own calls"] = (True, lambda: None, ALONE)
 
-STRIDES = {"a device": 3, "rows": 5, "guarded rows": 7, "rows on a device": 11, "CUDA's own calls": 13}
+STRIDES = {
+    **{"a pool of its own": 2, "a device": 3, "rows": 5, "guarded rows": 7, "rows on a device": 11},
+    "CUDA's own calls": 13,
+}
 """Of the calls of these, every so manieth fails in turn. No divisor of another, so that together they meet most."""
 
 
@@ -387,10 +393,13 @@ def verbs(kind: str) -> tuple[str, ...]:
     return tuple(world.driver.history)
 
 
-def faults(kind: str, *, onwards: bool) -> Iterator[Fault]:
-    """Every call of the script, in every way it may fail. Of some kinds not every call, except at full size."""
+def faults(kind: str, after_failure: AfterFailure) -> Iterator[Fault]:
+    """Every call of the script, in every way it may fail. Of most kinds not every call, except at full size: what goes
+    on after a failure decides which."""
+    onwards = after_failure is not once_more
     stride = 1 if TEST_ALL else STRIDES.get(kind, 1)
-    for number, verb in list(enumerate(verbs(kind), start=1))[::stride]:
+    first = AFTER_FAILURE.index(after_failure) % stride
+    for number, verb in list(enumerate(verbs(kind), start=1))[first::stride]:
         yield Fault(number, onwards)
         if verb in ("unmap", "cuMemUnmap"):
             yield Fault(number, onwards, after=True)
@@ -399,10 +408,10 @@ def faults(kind: str, *, onwards: bool) -> Iterator[Fault]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("after_failure", [once_more, stubborn, give_up], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("after_failure", AFTER_FAILURE, ids=lambda function: function.__name__)
 def test_any_driver_call_may_fail(kind, after_failure, monkeypatch):
     in_use = new_driver().mappings.used
-    for fault in faults(kind, onwards=after_failure is not once_more):
+    for fault in faults(kind, after_failure):
         world, script = start(kind, monkeypatch, fault)
         try:
             play(world, script, after_failure)

@@ -36,7 +36,7 @@ TEST_ALL = os.environ.get("VATTENTION_TEST_ALL") == "1"
 ALLOWED = (VAttentionError, TypeError, ValueError)
 
 fuzzed = settings(
-    max_examples=20_000 if TEST_ALL else 1_500,
+    max_examples=20_000 if TEST_ALL else 1_000,
     derandomize=not TEST_ALL,
     deadline=None,
     suppress_health_check=list(HealthCheck),
