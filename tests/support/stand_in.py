@@ -66,14 +66,20 @@ class _Handler(BaseHTTPRequestHandler):
             server.seen.append({**body, "path": self.path, "key": self.headers["Authorization"]})
             server.now += 1
             server.most = max(server.most, server.now)
+            self._working = True
         try:
             self._answer(body, server.behaviour(number, body))
         except (BrokenPipeError, ConnectionResetError):
             with server.lock:
                 server.left += 1
         finally:
-            with server.lock:
-                server.now -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        """Count as answered. Before the last words: who has read them may ask again at once."""
+        with self.server.lock:
+            self.server.now -= self._working
+            self._working = False
 
     def _plain(self, status: int, content: Any) -> None:
         written = json.dumps(content).encode()
@@ -119,6 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         if how != "uncounted":
             usage = {"prompt_tokens": self._prompt_tokens(body), "completion_tokens": wanted}
             self._event({"choices": [], "usage": usage})
+        self._leave()
         self._chunk(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 

@@ -129,11 +129,14 @@ class Contest:
                 # A stopped engine finds its caches cold and its clocks low: two tokens that nobody counts.
                 side.ask(do="generate", prompts=[[1, 2, 3, 4]], outputs=[2])
                 idle = sum(other.cpu_seconds() for other in others)
-                all_used, used, began = processes.machine_cpu_seconds(), side.cpu_seconds(), time.perf_counter()
+                # The clock is read first and last: however long this process waits in between, all is within it.
+                began = time.perf_counter()
+                all_used, used = processes.machine_cpu_seconds(), side.cpu_seconds()
                 results[name] = work(side)
-                seconds, used = time.perf_counter() - began, side.cpu_seconds() - used
+                used, all_used = side.cpu_seconds() - used, processes.machine_cpu_seconds() - all_used
+                seconds = time.perf_counter() - began
                 self._busy[name].append(used / seconds)
-                self._taken[name].append(max(0.0, processes.machine_cpu_seconds() - all_used - used) / seconds)
+                self._taken[name].append(max(0.0, all_used - used) / seconds)
                 self._others_seconds += sum(other.cpu_seconds() for other in others) - idle
         return {name: results[name] for name in self.names}
 
