@@ -360,7 +360,11 @@ if EMULATED:
     KINDS["CUDA's own calls"] = (True, lambda: None, ALONE)
 
 STRIDES = {
-    **{"a pool of its own": 2, "a device": 3, "rows": 5, "guarded rows": 7, "rows on a device": 11},
+    "a pool of its own": 2,
+    "a device": 3,
+    "rows": 5,
+    "guarded rows": 7,
+    "rows on a device": 11,
     "CUDA's own calls": 13,
 }
 """Of the calls of these, every so manieth fails in turn. No divisor of another, so that together they meet most."""
