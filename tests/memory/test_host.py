@@ -37,6 +37,27 @@ def run(code: str) -> subprocess.CompletedProcess:
     )
 
 
+def exit_codes(code: str, **more: list[str]) -> list[int]:
+    """How a script ends, with each of these in its place: in a child each of a process that imports once."""
+    ((name, each),) = more.items()
+    scripts = [textwrap.dedent(code).format(**{name: one}) for one in each]
+    result = run(
+        f"""
+        for script in {scripts!r}:
+            child = os.fork()
+            if not child:
+                try:
+                    exec(script)
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        """
+    )
+    assert result.returncode == 0, result.stderr
+    return list(map(int, result.stdout.split()))
+
+
 @pytest.fixture
 def driver():
     driver = HostDriver()
@@ -145,15 +166,14 @@ SEGFAULT = -signal.SIGSEGV
 
 @pytest.mark.parametrize(("guard", "read", "write"), [(False, 0, SEGFAULT), (True, SEGFAULT, SEGFAULT)])
 def test_stray_touches(guard, read, write):
-    code = """
+    code = f"""
         r = Reservation(PagePool(HostDriver(guard={guard}), 65536, 1 << 20), 1 << 20)
         r.map(0, r.pool.take(1))
         t = r.tensor(0, (1 << 20,), (1,), torch.uint8)
         t[:65536].fill_(1)
-        {touch}
+        {{touch}}
     """
-    assert run(code.format(guard=guard, touch="assert t[65536].item() == 0")).returncode == read
-    assert run(code.format(guard=guard, touch="t[65536] = 1")).returncode == write
+    assert exit_codes(code, touch=["assert t[65536].item() == 0", "t[65536] = 1"]) == [read, write]
 
 
 def test_access_none_and_read_are_enforced():
@@ -162,10 +182,10 @@ def test_access_none_and_read_are_enforced():
         t = d.tensor(a, (8,), (1,), torch.uint8)
         {more}
     """
-    assert run(code.format(more="t[0].item()")).returncode == SEGFAULT
-    assert run(code.format(more="d.set_access(a, 65536, Access.READ); print(t[0])")).returncode == 0
-    assert run(code.format(more="d.set_access(a, 65536, Access.READ); t[0] = 1")).returncode == SEGFAULT
-    assert run(code.format(more="d.set_access(a, 65536, Access.READ_WRITE); t[0] = 1")).returncode == 0
+    access = "d.set_access(a, 65536, Access.{}); "
+    touches = ["t[0].item()", access.format("READ") + "t[0].item()"]
+    touches += [access.format(which) + "t[0] = 1" for which in ("READ", "READ_WRITE")]
+    assert exit_codes(code, more=touches) == [SEGFAULT, 0, SEGFAULT, 0]
 
 
 def test_running_out_of_machine_is_an_error_before_it_is_a_kill(monkeypatch, driver):
