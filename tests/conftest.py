@@ -6,6 +6,7 @@ VATTENTION_TEST_ALL=1, which also loads the larger hypothesis profile. A state m
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -15,6 +16,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from support import drivers, emulated_cuda
+
+# Whoever is started in the background ignores it, and so would the children that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny operations on two busy cores are several times slower with two threads
 
