@@ -166,6 +166,19 @@ def test_capacity_is_what_really_fits():
         assert cache.capacity() == 4000
 
 
+def test_a_page_that_shows_zeros_is_not_promised_again():
+    """Under guard padding must be readable, and the page behind it stays."""
+    with KVCache(LAYOUT, memory=STREAMS * 3 * PAGE, page_size=PAGE, guard=True) as cache:
+        slot = cache.alloc()
+        assert cache.capacity() == 3 * PER_PAGE
+        cache.pad({slot: 2 * PER_PAGE})
+        cache.pad({slot: 0})
+        assert cache.capacity() == 2 * PER_PAGE
+        cache.step({slot: cache.capacity()})
+        with pytest.raises(OutOfPages):
+            cache.step({slot: cache.capacity() + 1})
+
+
 # -- finished requests leave their pages behind
 
 

@@ -581,7 +581,7 @@ def test_a_thousand_caches_leave_nothing(dropped, full_size):
 
     work(3)
     before = held()
-    each = 500 if full_size else 60
+    each = 500 if full_size else 30
     threads = [threading.Thread(target=work, args=(each,)) for _ in range(2)]
     for thread in threads:
         thread.start()
