@@ -177,7 +177,7 @@ struct Rows {
 template <int G>
 INLINE void score(const T* const* k, const f32* q, int64_t width, f32* scores, int64_t next) {
     const int64_t full = W ? W : width / UNIT, rest = W ? 0 : width % UNIT, stride = 2 * (W ? W : units(width));
-    f32 four[G][4];
+    f32 quarters[G][4];
     for (int r = 0; r < 4; r++) {
         f32 acc[4][G] = {};
         for (int64_t u = 0; u < full; u++)
@@ -194,9 +194,9 @@ INLINE void score(const T* const* k, const f32* q, int64_t width, f32* scores, i
                 for (int g = 0; g < G; g++)
                     acc[i][g] += x.a * q[g * stride + 2 * full] + x.b * q[g * stride + 2 * full + 1];
             }
-        for (int g = 0; g < G; g++) four[g][r] = sums_of_four(acc[0][g], acc[1][g], acc[2][g], acc[3][g]);
+        for (int g = 0; g < G; g++) quarters[g][r] = folded_to_quarters(acc[0][g], acc[1][g], acc[2][g], acc[3][g], plus);
     }
-    for (int g = 0; g < G; g++) scores[g * next] = sums_of_fours(four[g]);
+    for (int g = 0; g < G; g++) scores[g * next] = folded(quarters[g], plus);
 }
 
 #if defined(__AVX512BF16__)
@@ -206,7 +206,7 @@ INLINE __m512bh load_pairs(const T* p) { return (__m512bh)_mm512_loadu_si512(p);
 template <int G>
 INLINE void score_pairs(const T* const* k, const __m512bh (&q)[G][W ? W : 1], float scale, f32* scores,
                         int64_t next) {
-    f32 four[G][4];
+    f32 quarters[G][4];
     for (int r = 0; r < 4; r++) {
         __m512 acc[4][G];
         for (int i = 0; i < 4; i++)
@@ -217,9 +217,10 @@ INLINE void score_pairs(const T* const* k, const __m512bh (&q)[G][W ? W : 1], fl
                 for (int g = 0; g < G; g++) acc[i][g] = _mm512_dpbf16_ps(acc[i][g], x, q[g][u]);
             }
         for (int g = 0; g < G; g++)
-            four[g][r] = sums_of_four((f32)acc[0][g], (f32)acc[1][g], (f32)acc[2][g], (f32)acc[3][g]);
+            quarters[g][r] =
+                folded_to_quarters((f32)acc[0][g], (f32)acc[1][g], (f32)acc[2][g], (f32)acc[3][g], plus);
     }
-    for (int g = 0; g < G; g++) scores[g * next] = sums_of_fours(four[g]) * scale;
+    for (int g = 0; g < G; g++) scores[g * next] = folded(quarters[g], plus) * scale;
 }
 #endif
 
