@@ -1,9 +1,10 @@
 // Several new tokens of each request attend to its K and V: prompts and chunks of them, in one call, in bfloat16.
 //
 // A task is some rows of a request, for all query heads that share a KV head: what it needs of K and V is brought into
-// the order of the processor's dot product of pairs once for all of them, and goes through two matrix products of
-// ours with an online softmax in between (FlashAttention: Dao et al., arXiv 2205.14135). Products of bfloat16 are
-// summed in float32, scores stay float32, and only the weights of V are rounded to bfloat16.
+// the order of the processor's dot product of pairs once for all of them, a block of keys at a time, and then a tile of
+// rows after the other goes through two matrix products of ours with an online softmax in between (FlashAttention: Dao
+// et al., arXiv 2205.14135). Products of bfloat16 are summed in float32, scores stay float32, and only the weights of V
+// are rounded to bfloat16.
 //
 // No task sees keys behind its last row; nothing is read at or past a request's length. Threads take tasks one by one,
 // the longest first, and a task's result depends on nobody else.
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -33,42 +35,44 @@ struct Call {
 #if WORKS
 namespace {
 
-constexpr int KEYS = 128;  // of a block: what is made of them stays in the second level cache, with room to spare
+constexpr int KEYS = 256;  // of a block
 constexpr int TILE = 6;    // rows of a product computed together, 4 vectors wide: sums fill the registers
-constexpr int ROWS = 192;  // of a task, over the heads of a group
+constexpr int ROWS = 384;  // of a task, over the heads of a group: many, as each brings K and V into order again
+constexpr float LOG2_E = 1.44269504f;
 const f32 LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t group(const Call& c) { return c.q_heads / c.kv_heads; }
-inline int64_t rows_of_task(const Call& c) { return std::min<int64_t>(64, std::max<int64_t>(8, ROWS / group(c))); }
+inline int64_t rows_of_task(const Call& c) { return std::clamp<int64_t>(ROWS / group(c), 8, 128); }
 inline int64_t parts(const Call& c, int64_t segment) {
     return (c.counts[segment] + rows_of_task(c) - 1) / rows_of_task(c);
 }
 
-// What a thread works in. `pairs` are two neighbouring numbers, which the processor multiplies and sums at once.
+// What a thread works in. `pairs` are two neighbouring numbers, which the processor multiplies and sums at once. What is
+// between the two products is of TILE rows.
 struct Room {
     int64_t rows, k_pairs, v_columns;
-    uint32_t *query, *k, *v, *weights;  // [rows][k_pairs], [k_pairs][KEYS], [KEYS / 2][v_columns], [rows][KEYS / 2]
-    float *scores, *out, *top, *total, *fade;  // [rows][KEYS], [rows][v_columns], [rows] each
+    uint32_t *query, *k, *v, *weights;  // [rows][k_pairs], [k_pairs][KEYS], [KEYS / 2][v_columns], [TILE][KEYS / 2]
+    float *scores, *fade;               // [TILE][KEYS], [TILE]
+    float *out, *top, *total;           // [rows][v_columns], [rows] and whole vectors each
+    char* end;
     Room(char* at, const Call& c)
         : rows(rows_of_task(c) * group(c)), k_pairs((c.k_width + 1) / 2), v_columns(up(c.v_width, 16)) {
-        const auto take = [&](int64_t numbers) {
-            char* mine = at;
+        const auto take = [&](auto*& mine, int64_t numbers) {
+            mine = reinterpret_cast<std::remove_reference_t<decltype(mine)>>(at);
             at += up(numbers * 4, 64);
-            return mine;
         };
-        query = reinterpret_cast<uint32_t*>(take(rows * k_pairs));
-        k = reinterpret_cast<uint32_t*>(take(k_pairs * KEYS));
-        v = reinterpret_cast<uint32_t*>(take(KEYS / 2 * v_columns));
-        weights = reinterpret_cast<uint32_t*>(take(rows * KEYS / 2));
-        scores = reinterpret_cast<float*>(take(rows * KEYS));
-        out = reinterpret_cast<float*>(take(rows * v_columns));
-        top = reinterpret_cast<float*>(take(rows));
-        total = reinterpret_cast<float*>(take(rows));
-        fade = reinterpret_cast<float*>(take(rows));
+        take(query, rows * k_pairs);
+        take(k, k_pairs * KEYS);
+        take(v, KEYS / 2 * v_columns);
+        take(weights, TILE * KEYS / 2);
+        take(scores, TILE * KEYS);
+        take(fade, 16);
+        take(out, rows * v_columns);
+        take(top, rows + 16);
+        take(total, rows + 16);
         end = at;
     }
-    char* end;
 };
 
 INLINE __m512i load_some(const uint16_t* p, int64_t n) {  // of 32 numbers the first n, and zeros
@@ -169,33 +173,64 @@ void multiply(int64_t rows, int64_t columns, const uint32_t* a, int64_t a_row, c
     }
 }
 
-// One row's scores of n keys, of which it sees [from, to), into weights; zeros for the others.
-INLINE void soften(const Call& c, const float* scores, int n, int from, int to, uint32_t* weights, float& top,
-                   float& total, float& fade) {
+// Which keys of a block the rows of a tile see: row i those in [from[i], to[i]).
+struct Seen {
+    int rows, from[TILE], to[TILE];
+    bool all(int keys) const {
+        for (int i = 0; i < rows; i++)
+            if (from[i] > 0 || to[i] < keys) return false;
+        return true;
+    }
+};
+
+// Lane i is all of x[i], folded by `op`.
+template <class Op>
+INLINE f32 folded_tile(const f32 (&x)[8], Op op) {
+    f32 quarters[4];
+    for (int i = 0; i < 4; i++) quarters[i] = folded_to_quarters(x[i], x[i + 4], x[i], x[i + 4], op);
+    return folded(quarters, op);
+}
+
+// Scores of n keys become weights, 0 for those that a row does not see. `top` and `total` are each row's maximum, times
+// log2(e), and its sum of weights so far; `fade` is what earlier weights are worth now.
+INLINE void soften(const Call& c, float* scores, int n, const Seen& seen, uint32_t* weights, float* top, float* total,
+                   float* fade) {
+    static_assert(TILE <= 8);
     const int vectors = (n + 15) / 16;
-    f32 x[KEYS / 16];
-    f32 most = all(MINUS);
-    for (int i = 0; i < vectors; i++) {
-        std::memcpy(&x[i], scores + 16 * i, sizeof x[i]);
-        x[i] *= c.scale;
-        if (c.softcap) x[i] = c.softcap * tangent(x[i] / c.softcap);
-        if (16 * i < from || 16 * i + 16 > to) {
-            const f32 place = LANES + float(16 * i);
-            x[i] = (place >= float(from)) & (place < float(to)) ? x[i] : all(MINUS);
+    const bool plain = c.softcap == 0 && c.scale > 0 && seen.all(16 * vectors);
+    f32 x, tops[8], sums[8] = {}, before, so_far;
+    for (int i = 0; i < 8; i++) tops[i] = all(MINUS);
+    for (int i = 0; i < seen.rows; i++)
+        for (int v = 0; v < vectors; v++) {
+            float* at = scores + i * KEYS + 16 * v;
+            std::memcpy(&x, at, sizeof x);
+            if (!plain) {
+                x *= c.scale;
+                if (c.softcap) x = c.softcap * tangent(x / c.softcap);
+                const f32 place = LANES + float(16 * v);
+                x = (place >= float(seen.from[i])) & (place < float(seen.to[i])) ? x : all(MINUS);
+                std::memcpy(at, &x, sizeof x);
+            }
+            tops[i] = larger(tops[i], x);
         }
-        most = larger(most, x[i]);
-    }
-    const float before = top;
-    top = std::max(top, largest(most));
-    fade = before == MINUS ? 0 : exponential(all(before - top))[0];
-    f32 sum_of = {};
-    for (int i = 0; i < vectors; i++) {
-        x[i] = exponential(x[i] - top);
-        sum_of += x[i];
-    }
-    total = total * fade + sum(sum_of);
-    for (int i = 0; i < vectors; i++)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + 8 * i), (__m256i)_mm512_cvtneps_pbh((__m512)x[i]));
+    const float factor = plain ? c.scale * LOG2_E : LOG2_E;
+    std::memcpy(&before, top, sizeof before);
+    std::memcpy(&so_far, total, sizeof so_far);
+    const f32 now = larger(before, folded_tile(tops, [](f32 a, f32 b) { return larger(a, b); }) * factor);
+    const f32 shift = now == MINUS ? f32{} : now;  // of a row that has seen nothing yet
+    const f32 faded = power_of_two(before - shift);
+    for (int i = 0; i < seen.rows; i++)
+        for (int v = 0; v < vectors; v++) {
+            std::memcpy(&x, scores + i * KEYS + 16 * v, sizeof x);
+            x = power_of_two(x * factor - shift[i]);
+            sums[i] += x;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i * KEYS / 2 + 8 * v),
+                                (__m256i)_mm512_cvtneps_pbh((__m512)x));
+        }
+    const auto put = [&](float* at, f32 x) { _mm512_mask_storeu_ps(at, (1u << seen.rows) - 1, (__m512)x); };
+    put(top, now);
+    put(total, so_far * faded + folded_tile(sums, plus));
+    put(fade, faded);
 }
 
 // Rows [first, first + rows) of a segment, for the query heads of one KV head.
@@ -215,7 +250,7 @@ void task(const Call& c, int64_t segment, int64_t head, int64_t first, int64_t r
             _mm512_mask_storeu_epi32(room.query + i * room.k_pairs + d / 2, (1u << pairs) - 1,
                                      load_some(q + d, c.k_width - d));
         }
-        room.top[i] = c.sinks ? c.sinks[head0 + i % heads] : MINUS;
+        room.top[i] = c.sinks ? c.sinks[head0 + i % heads] * LOG2_E : MINUS;
         room.total[i] = c.sinks ? 1 : 0;
     }
     std::memset(room.out, 0, count * room.v_columns * sizeof(float));
@@ -224,21 +259,23 @@ void task(const Call& c, int64_t segment, int64_t head, int64_t first, int64_t r
         const int n = int(std::min<int64_t>(KEYS, end - at));
         pack_keys(k + at * c.k_token, c.k_token, c.k_width, n, room.k);
         pack_values(v + at * c.v_token, c.v_token, c.v_width, n, room.v_columns, room.v);
-        multiply(count, up(n, 16), room.query, room.k_pairs, room.k, KEYS, room.k_pairs, room.scores, KEYS, nullptr);
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t last = cached + first + i / heads + 1, from = c.window ? last - c.window : 0;
-            const int a = int(std::min<int64_t>(n, std::max<int64_t>(0, from - at)));
-            const int b = int(std::min<int64_t>(n, std::max<int64_t>(0, last - at)));
-            if (a < b) {
-                soften(c, room.scores + i * KEYS, n, a, b, room.weights + i * KEYS / 2, room.top[i], room.total[i],
-                       room.fade[i]);
-            } else {
-                std::memset(room.weights + i * KEYS / 2, 0, KEYS * 2);
-                room.fade[i] = 1;
+        // A tile from its scores to its sums, so that what is between them stays in the first level cache.
+        for (int64_t m = 0; m < count; m += TILE) {
+            Seen seen{int(std::min<int64_t>(TILE, count - m))};
+            const auto within = [&](int64_t key) { return int(std::clamp<int64_t>(key - at, 0, n)); };
+            for (int i = 0; i < seen.rows; i++) {
+                const int64_t last = cached + first + (m + i) / heads + 1;
+                seen.from[i] = c.window ? within(last - c.window) : 0;
+                seen.to[i] = within(last);
             }
+            const int keys = seen.to[seen.rows - 1];
+            if (!keys) continue;
+            multiply(seen.rows, up(keys, 16), room.query + m * room.k_pairs, room.k_pairs, room.k, KEYS, room.k_pairs,
+                     room.scores, KEYS, nullptr);
+            soften(c, room.scores, keys, seen, room.weights, room.top + m, room.total + m, room.fade);
+            multiply(seen.rows, room.v_columns, room.weights, KEYS / 2, room.v, room.v_columns, (keys + 1) / 2,
+                     room.out + m * room.v_columns, room.v_columns, room.fade);
         }
-        multiply(count, room.v_columns, room.weights, KEYS / 2, room.v, room.v_columns, (n + 1) / 2, room.out,
-                 room.v_columns, room.fade);
     }
 
     for (int64_t i = 0; i < count; i++) {

@@ -60,6 +60,7 @@ _OURS: dict[Any, Callable[..., Any]] = {
     torch.ops.vattention.linears.default: linears.run,
     torch.ops.vattention.attend.default: operator.run,
 }
+_CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_strided.default}
 
 _patching = threading.Lock()
@@ -99,6 +100,28 @@ class _Operator:
         new = _tensors(self.function(*self.args, **self.kwargs))
         for old, tensor in zip(self.made, new[len(new) - len(self.made) :], strict=True):
             old.copy_(tensor)
+
+    def into(self) -> Callable[[], object]:
+        """The same in fewer calls, where the operator has a form that writes into a tensor it is given."""
+        if len(self.made) != 1:
+            return self
+        (made,) = self.made
+        if self.function in _CASTS and len(self.args) <= 2 and self.kwargs.keys() <= {"dtype"}:
+            return functools.partial(made.copy_, self.args[0])
+        form = _writing_form(self.function)
+        return self if form is None else functools.partial(form, *self.args, **self.kwargs, out=made)
+
+
+def _writing_form(function: Any) -> Any | None:
+    """The overload of an operator that takes the same arguments and `out`."""
+    taken = [(argument.name, str(argument.type)) for argument in function._schema.arguments]
+    for name in (f"{function._overloadname}_out", "out"):
+        form = getattr(function.overloadpacket, name, None)
+        if form is not None:
+            rest = [(a.name, str(a.type)) for a in form._schema.arguments if not a.is_out]
+            if rest == taken and len(form._schema.arguments) == len(rest) + 1:
+                return form
+    return None
 
 
 class CpuCapture:
@@ -146,27 +169,27 @@ class Program:
     """A recorded pass.
 
     Attributes:
-        parts: what is called.
+        parts: what is called, and the names of operators.
         owned: what they read and write.
     """
 
-    parts: Sequence[_Sequence | _Operator]
+    parts: Sequence[tuple[str, Callable[[], object]]]
     owned: Any
 
     def __call__(self) -> None:
         """Do it again."""
-        for part in self.parts:
+        for _, part in self.parts:
             part()
 
     def timed(self) -> Iterator[tuple[str, float]]:
         """Do it again. Yields what was called, and the seconds it took."""
-        for part in self.parts:
+        for name, part in self.parts:
             if isinstance(part, _Sequence):
                 yield from part.timed()
                 continue
             began = time.perf_counter()
             part()
-            yield str(part.function), time.perf_counter() - began
+            yield name, time.perf_counter() - began
 
 
 class _Memory:
@@ -221,17 +244,17 @@ class _Recorder(TorchDispatchMode):
 
     def program(self, library: ctypes.CDLL) -> Program:
         """What does it all again."""
-        parts: list[_Sequence | _Operator] = []
+        parts: list[tuple[str, Callable[[], object]]] = []
         calls: list[_Native] = []
         for step in (*self._steps, None):
             if isinstance(step, _Native):
                 calls.append(step)
                 continue
             if calls:
-                parts.append(_Sequence(library, calls))
+                parts.append(("", _Sequence(library, calls)))
                 calls = []
             if step is not None:
-                parts.append(step)
+                parts.append((str(step.function), step.into()))
         return Program(parts, (self._memory, self._kept))
 
     def spoil(self) -> None:

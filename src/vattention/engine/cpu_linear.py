@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from vattention.attention import native, recording
+from vattention.engine import huge_pages
 
 _SOURCE = Path(__file__).with_name("cpu_linear.cpp")
 _OUTPUTS = 32
@@ -51,7 +52,7 @@ class Linear:
         self._outputs, self._inputs = weight.shape
         self._bias = None if bias is None else bias.float().contiguous()
         blocks = -(-self._outputs // _OUTPUTS)
-        self._packed = torch.empty(blocks * _OUTPUTS * self._inputs, dtype=torch.bfloat16)
+        self._packed = huge_pages.empty(blocks * _OUTPUTS * self._inputs, torch.bfloat16)
         rows = weight.detach().contiguous()
         library.vattention_pack(
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (rows, self._packed)),

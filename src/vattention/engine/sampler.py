@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vattention.engine import cpu_largest
 from vattention.engine.adjustment import Adjustment, adjust
 from vattention.engine.randomness import uniform
 from vattention.engine.sampling_params import SamplingParams
@@ -46,7 +47,7 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     """
     if not rows:
         return []
-    largest, tokens = logits.max(dim=-1)
+    largest, tokens = cpu_largest.largest(logits)
     _check_finite(largest)
     changed = [i for i, row in enumerate(rows) if row.adjustment is not None]
     adjusted = None
