@@ -18,9 +18,10 @@ from vattention import LLM, SamplingParams
 from vattention.attention import recording
 from vattention.attention.base import Features
 from vattention.cache import KVCache
-from vattention.engine import cpu_graphs
+from vattention.engine import cpu_recorder
 from vattention.engine.compiled import compile_model
-from vattention.engine.cpu_graphs import MOST_ROWS, CannotRecord, CpuCapture, _Memory
+from vattention.engine.cpu_graphs import MOST_ROWS, CannotRecord, CpuCapture
+from vattention.engine.cpu_memory import Memory
 from vattention.engine.engine import Engine
 from vattention.engine.graphs import Captured
 from vattention.engine.loading import LoadedModel
@@ -199,18 +200,18 @@ def test_options_that_leave_it_out(options: dict[str, Any]) -> None:
 def test_a_pass_uses_the_same_memory_layer_after_layer() -> None:
     def memory_of(layers: int) -> int:
         model = loaded(tiny_model(num_hidden_layers=layers).bfloat16())
-        before = {id(each) for each in gc.get_objects() if type(each) is _Memory}
+        before = {id(each) for each in gc.get_objects() if type(each) is Memory}
         engine = recorded(model, max_num_seqs=1)
         engine.warmup()
         assert graphs_of(engine).captured == (1,)
-        (own,) = (each for each in gc.get_objects() if type(each) is _Memory and id(each) not in before)
+        (own,) = (each for each in gc.get_objects() if type(each) is Memory and id(each) not in before)
         return sum(map(len, own._blocks))
 
     assert memory_of(2) == memory_of(6)
 
 
 def test_memory_comes_back_with_the_last_tensor_over_it() -> None:
-    memory = _Memory()
+    memory = Memory()
     first = memory.empty((2, 3), (3, 1), torch.float32)
     view, address = first[1], first.data_ptr()
     assert address % 64 == 0
@@ -261,7 +262,7 @@ def test_a_model_that_asks_for_numbers_is_not_recorded(recwarn: pytest.WarningsR
 def test_a_call_that_nobody_has_seen_is_found_out(
     model: LoadedModel, hidden: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = cpu_graphs._Recorder
+    recorder = cpu_recorder.Recorder
     if hidden == "a call of ours":
         monkeypatch.setattr(recorder, "note", lambda *_: None)
     elif hidden == "a generated function":

@@ -21,7 +21,7 @@ import torch
 from vattention.attention.base import AttentionBatch
 from vattention.bench.machine import check_writable, settings_of, write_json
 from vattention.bench.table import table
-from vattention.engine import compiled, cpu_graphs, linears
+from vattention.engine import compiled, cpu_program, linears
 from vattention.engine.sampling_params import SamplingParams
 from vattention.errors import ConfigError
 from vattention.llm import LLM
@@ -229,7 +229,7 @@ class _Clock:
                 stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
 
             watch(runner, "_logits", "model")
-            replay = mock.patch.object(cpu_graphs.Program, "__call__", lambda program: _replay(program, recorded))
+            replay = mock.patch.object(cpu_program.Program, "__call__", lambda program: _replay(program, recorded))
             stack.enter_context(replay)
             watch(AttentionBatch, "compute", "attention")
             watch(linears, "_multiply", "linears")
@@ -247,7 +247,7 @@ class _Clock:
             spent[part] += seconds
 
 
-def _replay(program: cpu_graphs.Program, spent: dict[str, float]) -> None:
+def _replay(program: cpu_program.Program, spent: dict[str, float]) -> None:
     """A recorded pass. What is before the first function that was generated, and after the last, is not in layers."""
     calls = list(program.timed())
     generated = [index for index, (name, _) in enumerate(calls) if name.startswith("cpp_")]
