@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from vattention.cli.startup import without_collecting
 from vattention.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,12 +125,13 @@ def open_llm(args: argparse.Namespace, **options: Any) -> LLM:
 
     Raises: as `LLM`.
     """
-    from vattention.llm import LLM
-
     if args.model and " " in args.model and not os.path.exists(args.model):
         raise ConfigError(f"there is no model {args.model!r}: a prompt goes behind --prompt")
     asked = given(args, (*MODEL, *CAPACITY, *FEATURES, *CHOICE, *CHECKS))
-    return LLM(args.model, **{**asked, **options})
+    with without_collecting():
+        from vattention.llm import LLM
+
+        return LLM(args.model, **{**asked, **options})
 
 
 # -- sampling -------------------------------------------------------------------------------------------------------

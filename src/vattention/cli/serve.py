@@ -25,6 +25,7 @@ from vattention.cli.options import (
     no_bars,
 )
 from vattention.cli.sources import Sources
+from vattention.cli.startup import without_collecting
 from vattention.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -128,11 +129,12 @@ def opener(args: argparse.Namespace) -> Callable[[], AsyncLLM]:
     no_bars()
 
     def opened() -> AsyncLLM:
-        from vattention.async_llm import AsyncLLM
-        from vattention.server.logs import Written
+        with without_collecting():
+            from vattention.async_llm import AsyncLLM
+            from vattention.server.logs import Written
 
-        with contextlib.redirect_stderr(Written()):
-            return AsyncLLM(args.model, **options)
+            with contextlib.redirect_stderr(Written()):
+                return AsyncLLM(args.model, **options)
 
     return opened
 

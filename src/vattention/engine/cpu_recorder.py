@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         """Fill all that the recorded calls compute with garbage."""
         self._memory.spoil()
         for address, tensor in self._made.items():
-            ctypes.memset(address, 0x7F, tensor.untypedstorage_of().nbytes())
+            ctypes.memset(address, 0x7F, tensor.untyped_storage().nbytes())
 
     def note(self, function: Any, argument: ctypes.Structure, kept: tuple[Any, ...]) -> None:
         """See `recording.Recorder`."""
@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):
 
     def _is_setting(self, tensor: torch.Tensor) -> bool:
         """Whether it is a number that a layer has, such as its index, and not one that a pass computes or is given."""
-        alone = tensor.dim() == 0 and tensor.untypedstorage_of().nbytes() == tensor.element_size()
+        alone = tensor.dim() == 0 and tensor.untyped_storage().nbytes() == tensor.element_size()
         return alone and storage_of(tensor) not in self._made and not self._memory.has(tensor)
 
     def _watch(self, name: str, address: int, args: Sequence[Any]) -> None:
