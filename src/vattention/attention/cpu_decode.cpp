@@ -1,12 +1,12 @@
 // One new token of each request attends to its K and V: all requests of a batch, of any lengths, in one call.
 //
 // Each K and V byte is read once from memory for all query heads of its group, where it lies: K and V may have any
-// strides as long as a head's numbers are contiguous. A KV head of a request is cut into chunks of CHUNK tokens. A chunk
-// is a task: all scores, then their softmax, then V. It leaves a maximum, a sum and weighted V behind, and the chunks of
-// a request are put together in their order (Flash-Decoding, Dao et al. 2023). Where chunks end depends on the request
-// alone, so its result does not depend on what else is in the batch, nor on the number of threads. Each thread does the
-// tasks of one range in the order in which memory has them, then helps with the ranges of others: what a processor reads
-// ahead by itself is then of use.
+// strides as long as a head's numbers are contiguous. A KV head of a request is cut into chunks, of at most CHUNK
+// tokens. A chunk is a task: all scores, then their softmax, then V. It leaves a maximum, a sum and weighted V behind,
+// and the chunks of a request are put together in their order (Flash-Decoding, Dao et al. 2023). Where chunks end
+// depends on the request alone, so its result does not depend on what else is in the batch, nor on the number of
+// threads. Each thread does the tasks of one range in the order in which memory has them, then helps with the ranges of
+// others: what a processor reads ahead by itself is then of use.
 //
 // Everything is computed in float32, whatever the numbers are stored as; where the processor sums products of bfloat16
 // in float32 by itself, it does, with the weights of V rounded to bfloat16. Nothing is read at or past a request's
@@ -41,7 +41,7 @@ namespace {
 using T = NUMBERS;
 constexpr int W = WIDTH / UNIT;  // units of K and V where that is known
 
-constexpr int CHUNK = 512;  // tokens of a task: long enough that memory is read in long runs
+constexpr int CHUNK = 512;  // tokens of a task at most: long enough that memory is read in long runs
 constexpr int AHEAD = W ? std::max<int>(16, 8192 / (W * UNIT * sizeof(T))) : 32;  // rows asked for early: two pages
 constexpr int GROUP = 4;    // query heads at a time, as many as leave registers for their sums
 constexpr int64_t SMALL = 1 << 16;  // numbers of K and V below which a second thread costs more than it saves
@@ -106,6 +106,18 @@ inline int64_t chunks(const Call& c, int64_t request) {
     return (c.lengths[request] - first_token(c, request) + CHUNK - 1) / CHUNK;
 }
 
+// Tokens [first, first + n) are those of a chunk. All chunks of a request are as long as each other, in whole 16.
+struct Chunk {
+    int64_t first;
+    int n;
+    Chunk(const Call& c, int64_t request, int64_t number) {
+        const int64_t begin = first_token(c, request), count = chunks(c, request);
+        const int64_t each = ((c.lengths[request] - begin + count - 1) / count + 15) / 16 * 16;
+        first = begin + number * each;
+        n = int(std::min(each, c.lengths[request] - first));
+    }
+};
+
 // Which chunk of which request and KV head.
 struct Task {
     int64_t request, head, number;
@@ -137,18 +149,17 @@ struct Rows {
     template <class Where>
     Rows(const Call& c, const Where& where, const Task& task, const Task& next)
         : width(std::max(c.k_width, c.v_width)) {
-        const int64_t first = first_token(c, task.request) + task.number * CHUNK;
-        n = int(std::min<int64_t>(CHUNK, c.lengths[task.request] - first));
+        const Chunk own(c, task.request, task.number), soon(c, next.request, next.number);
+        n = own.n;
         padded = (n + 15) / 16 * 16;
-        where.find(keys(c, task.head), task.request, first, n, at);
-        where.find(values(c, task.head), task.request, first, n, at + padded);
-        if (c.mask) keep(c.mask + task.request * c.mask_row + first);
+        where.find(keys(c, task.head), task.request, own.first, n, at);
+        where.find(values(c, task.head), task.request, own.first, n, at + padded);
+        if (c.mask) keep(c.mask + task.request * c.mask_row + own.first);
         if (!n) return;
         const T **k = at, **v = at + padded, **ahead = v + padded;
         for (int i = n; i < padded; i++) k[i] = k[n - 1], v[i] = v[n - 1];
-        const int64_t begin = first_token(c, next.request) + next.number * CHUNK;
-        const int some = int(std::min<int64_t>(AHEAD, c.lengths[next.request] - begin));
-        where.find(keys(c, next.head), next.request, begin, some, ahead);
+        const int some = std::min(AHEAD, soon.n);
+        where.find(keys(c, next.head), next.request, soon.first, some, ahead);
         for (int i = some; i < AHEAD; i++) ahead[i] = ahead[0];
     }
     static Side keys(const Call& c, int64_t head) {
@@ -194,7 +205,8 @@ INLINE void score(const T* const* k, const f32* q, int64_t width, f32* scores, i
                 for (int g = 0; g < G; g++)
                     acc[i][g] += x.a * q[g * stride + 2 * full] + x.b * q[g * stride + 2 * full + 1];
             }
-        for (int g = 0; g < G; g++) quarters[g][r] = folded_to_quarters(acc[0][g], acc[1][g], acc[2][g], acc[3][g], plus);
+        for (int g = 0; g < G; g++)
+            quarters[g][r] = folded_to_quarters(acc[0][g], acc[1][g], acc[2][g], acc[3][g], plus);
     }
     for (int g = 0; g < G; g++) scores[g * next] = folded(quarters[g], plus);
 }
