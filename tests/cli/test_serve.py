@@ -70,6 +70,7 @@ def test_every_option_of_the_engine_can_come_from_anywhere(file: Any) -> None:
 def test_every_option_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr("vattention.async_llm.AsyncLLM", lambda model, **options: given.update(options, model=model))
+    monkeypatch.setattr("vattention.cli.serve.keep_for_good", lambda: None)  # this process goes on with other tests
     opener(read("m", "--device", "cpu", "--page-size", "64KiB", "--no-compile", "--expected-tokens", "300"))()
     assert given == dict(model="m", device="cpu", page_size="64KiB", compile=False, expected_tokens=300)
 

@@ -25,7 +25,7 @@ from vattention.cli.options import (
     no_bars,
 )
 from vattention.cli.sources import Sources
-from vattention.cli.startup import without_collecting
+from vattention.cli.startup import keep_for_good, without_collecting
 from vattention.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def opener(args: argparse.Namespace) -> Callable[[], AsyncLLM]:
             from vattention.server.logs import Written
 
             with contextlib.redirect_stderr(Written()):
-                return AsyncLLM(args.model, **options)
+                llm = AsyncLLM(args.model, **options)
+        keep_for_good()
+        return llm
 
     return opened
 

@@ -1,4 +1,4 @@
-"""Starting without pauses for garbage."""
+"""Starting, and going on, without pauses for garbage."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def without_collecting() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+def keep_for_good() -> None:
+    """Collect what is garbage now, and never look at the rest again.
+
+    For a process that is ready and will run for long: to look through a million objects of the libraries takes up to
+    half a second, in which nobody gets a token. Source: https://docs.python.org/3/library/gc.html#gc.freeze
+    """
+    gc.collect()
+    gc.freeze()
