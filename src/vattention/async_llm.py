@@ -323,7 +323,7 @@ class _Mailbox:
         self._lock = threading.Lock()  # held for moments, and by nobody who waits
         self._news: list[RequestOutput] = []
         self._error: BaseException | None = None
-        self._ready = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # who waits
         self._ringing = False
 
     def put(self, news: RequestOutput | BaseException) -> bool:
@@ -350,13 +350,15 @@ class _Mailbox:
                 if self._error is not None and not (news and self._deltas):
                     raise self._error
                 if not news:
-                    self._ready.clear()
+                    self._reader = reader = self._loop.create_future()
             if news:
                 return joined(news)
-            await self._ready.wait()
+            await reader
 
     def look(self) -> None:
         """Wake the reader, in its event loop."""
         with self._lock:
             self._ringing = False  # before the reader looks: news that come now are seen, later ones ring again
-        self._ready.set()
+            reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import NoReturn, TypeVar
 
 import uvicorn
+import uvloop
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vattention.async_llm import AsyncLLM
@@ -55,7 +56,7 @@ def serve(open_llm: Callable[[], AsyncLLM], settings: ServerSettings) -> int:
     host, port = listener.getsockname()[:2]
     LOGGER.info("listening", extra={"fields": {"host": host, "port": port}})
     with listener:
-        return asyncio.run(_Life(open_llm, settings).live(listener))
+        return uvloop.run(_Life(open_llm, settings).live(listener))
 
 
 class _Server(uvicorn.Server):
