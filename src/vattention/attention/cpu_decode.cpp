@@ -236,7 +236,7 @@ INLINE void score_pairs(const T* const* k, const __m512bh (&q)[G][W ? W : 1], fl
 }
 #endif
 
-// Sums of n rows of V, U units of them (the last one of `rest` numbers, unless 0), by the weights of G heads.
+// Sums of the rows of V, U units of them (the last one of `rest` numbers, unless 0), by the weights of G heads.
 template <int G, int U>
 INLINE void weigh(const Rows& rows, int64_t from, int rest, const float* weights, f32* weighted, int64_t stride) {
     f32 acc[G][2 * U] = {};

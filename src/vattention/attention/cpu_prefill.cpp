@@ -153,17 +153,16 @@ INLINE void tile(const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_
         for (int v = 0; v < V; v++) _mm512_storeu_ps(c + m * c_row + 16 * v, sums[m][v]);
 }
 
+// At most TILE rows.
 template <int V>
-void strip(int64_t rows, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, int64_t pairs, float* c,
+void strip(int rows, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, int64_t pairs, float* c,
            int64_t c_row, const float* fade) {
-    int64_t m = 0;
-    for (; m + TILE <= rows; m += TILE)
-        tile<TILE, V>(a + m * a_row, a_row, b, b_row, pairs, c + m * c_row, c_row, fade ? fade + m : nullptr);
-    for (; m < rows; m++)
+    if (rows == TILE) return tile<TILE, V>(a, a_row, b, b_row, pairs, c, c_row, fade);
+    for (int m = 0; m < rows; m++)
         tile<1, V>(a + m * a_row, a_row, b, b_row, pairs, c + m * c_row, c_row, fade ? fade + m : nullptr);
 }
 
-void multiply(int64_t rows, int64_t columns, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row,
+void multiply(int rows, int64_t columns, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row,
               int64_t pairs, float* c, int64_t c_row, const float* fade) {
     for (int64_t n = 0; n < columns; n += 64) switch ((std::min<int64_t>(64, columns - n) + 15) / 16) {
         case 1: strip<1>(rows, a, a_row, b + n, b_row, pairs, c + n, c_row, fade); break;
@@ -290,9 +289,7 @@ void task(const Call& c, int64_t segment, int64_t head, int64_t first, int64_t r
 }
 
 }  // namespace
-#endif
 
-#if WORKS
 extern "C" {
 
 // Bytes that `scratch` must have; it begins at a multiple of 64.

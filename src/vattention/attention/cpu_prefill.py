@@ -11,7 +11,6 @@ The kernel is cpu_prefill.cpp, compiled at first use (`attention.native`).
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,9 @@ import torch
 from vattention.attention import native
 from vattention.attention.base import Features, Segment
 
-_SOURCE = Path(__file__).with_name("cpu_prefill.cpp")
+_library = native.on_demand(
+    Path(__file__).with_name("cpu_prefill.cpp"), vattention_prefill_scratch=ctypes.c_int64, vattention_prefill=None
+)
 _ALIGNMENT = 64
 
 
@@ -87,12 +88,3 @@ def prepare(segments: Sequence[Segment]) -> Callable[..., None]:
         library.vattention_prefill(pointer)
 
     return attend
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = native.load(_SOURCE)
-    if library is not None:
-        library.vattention_prefill_scratch.restype = ctypes.c_int64
-        library.vattention_prefill.restype = None
-    return library

@@ -6,14 +6,13 @@ The kernel is cpu_write.cpp, compiled at first use (`attention.native`).
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
 
 from vattention.attention import native, recording
 
-_SOURCE = Path(__file__).with_name("cpu_write.cpp")
+_library = native.on_demand(Path(__file__).with_name("cpu_write.cpp"), vattention_write=None)
 
 
 class _Side(ctypes.Structure):
@@ -82,11 +81,3 @@ def _side(new: torch.Tensor, cache: torch.Tensor) -> tuple[int, ...]:
         cache_head * size,
         new.shape[2] * size,
     )
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = native.load(_SOURCE)
-    if library is not None:
-        library.vattention_write.restype = None
-    return library

@@ -21,7 +21,9 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +45,24 @@ def load(source: Path, **macros: object) -> ctypes.CDLL | None:
     """
     with _lock:
         return _load(source, tuple(f"-D{name}={value}" for name, value in sorted(macros.items())))
+
+
+def on_demand(source: Path, **returns: Any) -> Callable[[], ctypes.CDLL | None]:
+    """A function that gives the library compiled from `source`, as `load` does: at its first call, and then the same.
+
+    Args:
+        returns: a function of the library -> the type of what it returns, None for nothing.
+    """
+
+    @functools.cache
+    def library() -> ctypes.CDLL | None:
+        loaded = load(source)
+        if loaded is not None:
+            for name, kind in returns.items():
+                getattr(loaded, name).restype = kind
+        return loaded
+
+    return library
 
 
 def readable(*tensors: torch.Tensor) -> bool:
@@ -118,12 +138,24 @@ def _cache() -> Path:
 
 def _fingerprint(source: Path, command: tuple[str, ...]) -> str:
     """Of everything that decides what the library holds, and whether it runs here."""
-    compiler = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
     headers = (header.read_bytes() for folder in (_HEADERS, source.parent) for header in sorted(folder.glob("*.h")))
-    parts = (source.read_bytes(), *headers, *(part.encode() for part in command), compiler, _processor().encode())
+    parts = (
+        source.read_bytes(),
+        *headers,
+        *(part.encode() for part in command),
+        _version(command[0]),
+        _processor().encode(),
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
+@functools.cache
+def _version(compiler: str) -> bytes:
+    """What the compiler says of itself."""
+    return subprocess.run([compiler, "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
+
+
+@functools.cache
 def _processor() -> str:
     """The architecture and what the processor can do: home directories are shared between machines."""
     try:

@@ -6,14 +6,13 @@ The kernel is cpu_largest.cpp, compiled at first use (`attention.native`).
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
 
 from vattention.attention import native
 
-_SOURCE = Path(__file__).with_name("cpu_largest.cpp")
+_library = native.on_demand(Path(__file__).with_name("cpu_largest.cpp"), vattention_largest=None)
 
 
 class _Call(ctypes.Structure):
@@ -38,11 +37,3 @@ def largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     call = _Call(*x.shape, x.stride(0), torch.get_num_threads(), x.data_ptr(), values.data_ptr(), places.data_ptr())
     library.vattention_largest(ctypes.byref(call))
     return values, places
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = native.load(_SOURCE)
-    if library is not None:
-        library.vattention_largest.restype = None
-    return library

@@ -10,7 +10,6 @@ The kernel is cpu_linear.cpp, compiled at first use (`attention.native`).
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from vattention.attention import native, recording
 from vattention.engine import huge_pages
 
-_SOURCE = Path(__file__).with_name("cpu_linear.cpp")
+_library = native.on_demand(Path(__file__).with_name("cpu_linear.cpp"), vattention_linear=None, vattention_pack=None)
 _OUTPUTS = 32
 """Outputs of a block of packed weights; the last one is filled up."""
 
@@ -80,12 +79,3 @@ class Linear:
 def works() -> bool:
     """Whether the kernel could be compiled, for a processor that has what it takes."""
     return _library() is not None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = native.load(_SOURCE)
-    if library is not None:
-        library.vattention_linear.restype = None
-        library.vattention_pack.restype = None
-    return library

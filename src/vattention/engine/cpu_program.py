@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from vattention.attention import native
 
-_SOURCE = Path(__file__).with_name("cpu_replay.cpp")
+_library = native.on_demand(Path(__file__).with_name("cpu_replay.cpp"), vattention_replay=None)
 _CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}
 
 
@@ -160,11 +160,3 @@ class _Sequence:
         seconds = (ctypes.c_double * len(self._steps))()
         self._library.vattention_replay(self._steps, len(self._steps), seconds)
         yield from zip(self._names, seconds, strict=True)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = native.load(_SOURCE)
-    if library is not None:
-        library.vattention_replay.restype = None
-    return library
