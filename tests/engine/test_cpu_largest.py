@@ -33,6 +33,15 @@ def test_as_torch(data: Any) -> None:
             assert places[row] == expected.indices[row]
 
 
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7F81, 0xFFC0, 0xFF81])
+def test_what_is_no_number_is_the_largest_of_either_sign(bits: int) -> None:
+    x = torch.randn(2, 1500).bfloat16()
+    x.view(torch.uint16)[1, 1040] = bits
+    values, places = largest(x)
+    assert values.isnan().tolist() == [False, True]
+    assert places[1] == 1040
+
+
 def test_many_rows_on_several_threads() -> None:
     x = torch.randn(64, 50_000).bfloat16()
     values, places = largest(x)
